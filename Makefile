@@ -1,0 +1,31 @@
+# Two commands on a fresh machine with Python 3.11: `make demo`, `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PORT ?= 8000
+
+.PHONY: help demo test test-all lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)  ## photos to a better picture over HTTP, all on this machine (KEEP=1 leaves it up, PORT=8000)
+	@$(BIN)/python infra/local/demo.py --port $(PORT) $(if $(KEEP),--keep)
+
+test: $(INSTALLED)  ## all tests but the long ones
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(INSTALLED)  ## the long ones too
+	$(BIN)/python -m pytest --timeout 1800
+
+lint: $(INSTALLED)  ## formatting, lint, types and import rules only
+	$(BIN)/python -m pytest tests/unit/test_repository.py
+
+clean:  ## remove what was installed and built, not your runs
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

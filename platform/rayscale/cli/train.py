@@ -1,0 +1,175 @@
+"""`rayscale train`, `jobs/train.py`: a recipe and a manifest to a finished run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from rayscale import recipes
+from rayscale.cli.cluster import connect
+from rayscale.contract import code_version, digest, dumps
+from rayscale.data.plan import Plan
+from rayscale.data.shards import Photos, open_split
+from rayscale.errors import MissingError
+from rayscale.evaluate import Suite, baseline, sample_grid, score, torch_run
+from rayscale.observe import log
+from rayscale.recipes import Recipe
+from rayscale.storage import home
+from rayscale.tracking import Tracker, default_uri
+from rayscale.train import checkpoint
+from rayscale.train.checkpoint import RunRecord
+from rayscale.train.identity import claim, default_name, run_uri
+from rayscale.train.runner import Job, Placement, Validation, check
+from rayscale.train.runner import train as run_to_end
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="`module:function`; `rayscale recipes` lists them")],
+    data: Annotated[str, typer.Option(help="URI of a packed dataset, a folder or `s3://bucket/prefix`")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="`path=value`, e.g. `run.total_images=8000`; may be repeated")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the run; by default recipe and digest of recipe and data")] = "",
+    storage: Annotated[str, typer.Option(help="URI under which runs are kept; by default under RAYSCALE_HOME")] = "",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment")] = "rayscale",
+    workers: Annotated[int, typer.Option(min=1, help="Train workers; a run may go on with another number")] = 1,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPUs that Ray reserves for each worker")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs for each worker; 0 trains on CPUs")] = 0.0,
+    threads: Annotated[int, typer.Option(help="torch threads a worker; 0: its share of the node's cores")] = 0,
+    new: Annotated[bool, typer.Option("--new", help="Take a new name where this one is taken")] = False,
+    rebase: Annotated[bool, typer.Option("--rebase", help="Go on from its weights with an edited recipe")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop")] = False,
+) -> dict[str, Any]:
+    """Train a recipe on a packed dataset with Ray Data and Ray Train, tracked in MLflow.
+
+    The same command resumes a run that was interrupted, from its newest sound checkpoint and at the very
+    next sample; a finished run says so. Tracking goes to MLFLOW_TRACKING_URI, else to an embedded SQLite.
+    """
+    chosen = recipes.load(recipe, settings or ())
+    if dry_run:
+        print(dumps(recipes.resolved(chosen)), end="")
+        return {"recipe": recipe, "recipe_digest": digest(recipes.resolved(chosen)), "dry_run": True}
+    if not data:
+        raise MissingError("--data", "(missing)", "training needs a packed dataset", "pack one with jobs/ingest.py")
+    photos = open_split(data, "train")
+    job = _job(
+        chosen,
+        _identify(recipe, tuple(settings or ()), chosen, photos, name, storage),
+        photos,
+        Placement(
+            num_workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, threads=threads
+        ),
+    )
+    check(job)
+    record = claim(job.record, new=new, rebase=rebase)
+    if record.status == "finished":
+        log.info("run %s is finished; nothing to do (--new trains it again)", record.name)
+        return _result(record, {})
+    connect()
+    job = replace(job, record=_tracked(record, experiment, chosen, photos))
+    try:
+        metrics = run_to_end(job)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        Tracker.start(experiment, record.name, run_id=job.record.mlflow_run_id, uri=record.tracking_uri).finish(status)
+        raise
+    Tracker.start(experiment, record.name, run_id=job.record.mlflow_run_id, uri=record.tracking_uri).finish()
+    return _result(job.record, metrics)
+
+
+def _identify(
+    recipe: str, overrides: tuple[str, ...], chosen: Recipe, photos: Photos, name: str, storage: str
+) -> RunRecord:
+    resolved = recipes.resolved(chosen)
+    name = name or default_name(recipe, overrides, digest(resolved), photos.manifest.digest)
+    return RunRecord(
+        name=name,
+        uri=run_uri(storage or str(home() / "runs"), name),
+        recipe=recipe,
+        overrides=overrides,
+        recipe_digest=digest(resolved),
+        resolved=json.loads(dumps(resolved)),
+        manifest=photos.uri,
+        manifest_digest=photos.manifest.digest,
+        plan_digest=Plan(len(photos), chosen.data).digest(photos.digest),
+        tracking_uri=default_uri(),
+        mlflow_run_id="",
+        code_version=code_version(),
+    )
+
+
+def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement) -> Job:
+    suite = Suite(
+        photos_uri=photos.uri,
+        split="validation",
+        degradation=chosen.data.degradation,
+        max_images=chosen.run.validate_on_images,
+        max_side_px=chosen.run.validate_max_side_px,
+    )
+    validate = Validator(suite) if photos.manifest.counts.get("validation") else None
+    if validate is None:
+        log.warning("%s has no validation split: no scores while training", photos.uri)
+    return Job(
+        task=chosen.task,
+        data=chosen.data,
+        run=chosen.run,
+        record=record,
+        photos=photos,
+        placement=placement,
+        validate=validate,
+    )
+
+
+def _tracked(record: RunRecord, experiment: str, chosen: Recipe, photos: Photos) -> RunRecord:
+    """The record with its MLflow run, which holds the recipe and the lineage before the first step."""
+    tracker = Tracker.start(
+        experiment,
+        record.name,
+        run_id=record.mlflow_run_id or None,
+        uri=record.tracking_uri,
+        tags={
+            "rayscale.run_uri": record.uri,
+            "rayscale.code_version": code_version(),
+            "rayscale.recipe": record.recipe,
+        },
+    )
+    record = replace(record, mlflow_run_id=tracker.run_id)
+    checkpoint.write_run(record)
+    tracker.params(recipes.resolved(chosen))
+    tracker.text(dumps(recipes.resolved(chosen)), "recipe.json")
+    tracker.dataset("train", photos.uri, photos.digest)
+    tracker.flush()
+    return record
+
+
+def _result(record: RunRecord, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("images_seen", "chain", "first_step_unix", "psnr_y", "ssim_y")
+    return {
+        "run": record.name,
+        "run_uri": record.uri,
+        "mlflow_run_id": record.mlflow_run_id,
+        "tracking_uri": record.tracking_uri,
+        "finished_unix": time.time(),
+        **{k: metrics[k] for k in kept if k in metrics},
+    }
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Scores the main shipped function on a suite, as evaluation does, and draws samples of it."""
+
+    suite: Suite
+
+    def __call__(self, shipped: Mapping[str, nn.Module]) -> Validation:
+        module = shipped[""]
+        run = torch_run(module, next(module.parameters()).device)
+        scores = score(run, self.suite, "training")
+        scale = self.suite.scale
+        picture = sample_grid(self.suite, {"bicubic": baseline(scale), "model": run}, max_images=4, crop_px=128)
+        return Validation({name: scores.mean(name) for name in scores.metrics}, picture)

@@ -1,0 +1,107 @@
+"""Seen from outside: logging, progress bars, and the names of all metrics in one table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+log = logging.getLogger("rayscale")
+
+
+def setup_logging() -> None:
+    """One line per record on standard error: time, level, text. `RAYSCALE_LOG` sets the level (INFO)."""
+    if log.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(os.environ.get("RAYSCALE_LOG", "INFO").upper())
+    log.propagate = False
+
+
+class Metric(NamedTuple):
+    """One exported metric. Names are snake case and end in their unit."""
+
+    name: str
+    kind: str  # counter, gauge, histogram
+    labels: tuple[str, ...]
+    help: str
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("rayscale_requests_total", "counter", ("route", "model", "status"), "Finished HTTP requests"),
+        Metric("rayscale_request_seconds", "histogram", ("route", "model"), "Time from first byte to answer"),
+        Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a tile waited for its device"),
+        Metric("rayscale_tiles_total", "counter", ("model",), "Tiles run by the engine"),
+        Metric("rayscale_model_swaps_total", "counter", ("model", "result"), "Versions prepared, or refused"),
+    )
+}
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (a job's log) a line at most every `interval_s` seconds."""
+
+    def __init__(self, title: str, total: int, unit: str, interval_s: float) -> None:
+        self.title, self.total, self.unit, self.interval_s = title, total, unit, interval_s
+        self.done, self.note = 0, ""
+        self.started = self.shown = time.monotonic()
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+            from rich.progress import TextColumn, TimeRemainingColumn
+
+            columns = [*Bar.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total, note="")
+            self._bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` of `total` so far; `note` (loss, rate) stands beside it."""
+        self.done, self.note = done, note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self.shown >= self.interval_s:
+            self._line()
+
+    def _line(self) -> None:
+        self.shown = time.monotonic()
+        elapsed = self.shown - self.started
+        rate = self.done / elapsed if elapsed > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else float("nan")
+        share = 100.0 * self.done / self.total if self.total else 100.0
+        log.info(
+            "%s: %d/%d %s (%.0f %%), %.1f/s, %.0f s left %s",
+            self.title,
+            self.done,
+            self.total,
+            self.unit,
+            share,
+            rate,
+            left,
+            self.note,
+        )
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._line()
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str = "items", interval_s: float = 5.0) -> Iterator[Progress]:
+    """Show the progress of a long piece of work."""
+    shown = Progress(title, total, unit, interval_s)
+    try:
+        yield shown
+    finally:
+        shown.close()

@@ -1,0 +1,140 @@
+"""A recipe is a public function without arguments annotated `-> Recipe`; this folder is the registry.
+
+`module:function` names it: `rayscale.recipes.compact:demo`, or one in the user's own working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from rayscale.contract import to_json
+from rayscale.data.plan import DataSettings
+from rayscale.errors import ConfigError, nearest
+from rayscale.registry.gate import Gate
+from rayscale.task import Task
+from rayscale.train.loop import RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a run, complete: a variant is `dataclasses.replace(base(), ...)`."""
+
+    task: Task
+    data: DataSettings = DataSettings()
+    run: RunSettings = RunSettings()
+    gate: Gate = Gate()
+
+
+def discover() -> dict[str, Callable[[], Recipe]]:
+    """Every recipe of this package: `rayscale.recipes.MODULE:FUNCTION` -> the function."""
+    found: dict[str, Callable[[], Recipe]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        found |= _recipes_of(importlib.import_module(f"{__name__}.{info.name}"))
+    return found
+
+
+def load(reference: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `module:function`, with `path=value` overrides applied in order.
+
+    Raises: ConfigError for an unknown recipe or path (with the nearest known), or a value of the wrong type.
+    """
+    module, separator, function = reference.partition(":")
+    known = discover()
+    if reference not in known:
+        if str(Path.cwd()) not in sys.path:  # recipes of the user's own working directory
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            found = _recipes_of(importlib.import_module(module)) if separator and function else {}
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name or "\0"):
+                raise  # the module is there, something that it imports is not
+            found = {}
+        if reference not in found:
+            raise ConfigError(
+                "--recipe", reference, "no such recipe (module:function)", nearest(reference, known | found)
+            )
+        known |= found
+    recipe = known[reference]()
+    for override in overrides:
+        recipe = override_one(recipe, override)
+    return recipe
+
+
+def _recipes_of(module: types.ModuleType) -> dict[str, Callable[[], Recipe]]:
+    return {
+        f"{module.__name__}:{name}": fn
+        for name, fn in inspect.getmembers(module, inspect.isfunction)
+        if fn.__module__ == module.__name__
+        and not name.startswith("_")
+        and not inspect.signature(fn).parameters
+        and typing.get_type_hints(fn).get("return") is Recipe
+    }
+
+
+def override_one(recipe: Recipe, override: str) -> Recipe:
+    """Apply one `path=value`, e.g. `run.total_images=8000`, typed by the field it names."""
+    path, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError("--set", override, "must be path=value", "e.g. --set run.total_images=8000")
+    return typing.cast(Recipe, _replace(recipe, path.strip().split("."), value.strip(), path, recipe))
+
+
+def _replace(node: Any, parts: list[str], value: str, path: str, recipe: Recipe) -> Any:
+    head, rest = parts[0], parts[1:]
+    fields = {f.name for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else set()
+    if head not in fields:
+        known = [p for p, _ in paths(recipe)]
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+        remedy = f"did you mean '{close[0]}'?" if close else "see --dry-run for all paths"
+        raise ConfigError("--set", path, "no such path in this recipe", remedy)
+    current = getattr(node, head)
+    if rest:
+        return dataclasses.replace(node, **{head: _replace(current, rest, value, path, recipe)})
+    hint = typing.get_type_hints(type(node))[head]
+    return dataclasses.replace(node, **{head: _typed(hint, value, path)})
+
+
+def _typed(hint: Any, value: str, path: str) -> Any:
+    adapter = pydantic.TypeAdapter(hint)
+    try:
+        if value.lower() in ("none", "null") and type(None) in typing.get_args(hint):
+            return None
+        if value[:1] in "[{":
+            return adapter.validate_json(value)
+        return adapter.validate_strings(value)
+    except pydantic.ValidationError as error:
+        rule = error.errors()[0]["msg"]
+        raise ConfigError(
+            f"--set {path}", value, rule, f"give a value of type {getattr(hint, '__name__', hint)}"
+        ) from None
+
+
+def paths(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every settable path of a recipe with its value, depth first."""
+    found: list[tuple[str, Any]] = []
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            found += paths(value, f"{prefix}{f.name}.")
+        else:
+            found.append((f"{prefix}{f.name}", value))
+    return found
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain JSON values, the task's class named; what a run is identified by."""
+    task = type(recipe.task)
+    return {"task_type": f"{task.__module__}:{task.__qualname__}", **to_json(recipe)}

@@ -1,0 +1,201 @@
+"""The Ray Serve application that `serve_configs/*.yaml` name. The only file here that knows Ray Serve.
+
+Two deployments: `Rollout`, one replica that reads the registry, and `Gateway`, which answers HTTP with an engine of
+its own (one tier). Decisions are made in `rollout.py`, `engine.py` and `gateway.py`; this is their shell.
+"""
+
+# No `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
+import asyncio
+import functools
+import os
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from rayscale import storage
+from rayscale.errors import ConfigError, nearest
+from rayscale.imaging import Limits
+from rayscale.observe import log, setup_logging
+from rayscale.serve import follower, rollout
+from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.follower import Follower
+from rayscale.serve.gateway import Gateway, GatewaySettings, create_app
+from rayscale.serve.meters import RayMeters
+from rayscale.serve.rollout import Desired, Orders, Report
+
+TABLE = "table.json"
+SYNC_TIMEOUT_S = 5.0
+
+
+class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
+    """`args:` of an application in `serve_configs/*.yaml`. Sides and areas are in pixels of the input."""
+
+    models: tuple[str, ...] = pydantic.Field(("*@champion",), min_length=1)
+    """What is served: "name@alias", with `*` in the name for all that have the alias."""
+    default_model: str = ""  # "name[@alias]" for requests without one; "": the only one there is
+    tracking_uri: str = ""  # MLflow; "": MLFLOW_TRACKING_URI, or the embedded one under RAYSCALE_HOME
+    state_uri: str = ""  # where the routing table is kept; "": under RAYSCALE_HOME (one node only)
+    cache_dir: str = ""  # of fetched artifacts, on each node; "": under RAYSCALE_HOME
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = pydantic.Field(0, ge=0)  # of ONNX Runtime in a replica; 0: its num_cpus
+    tile_px: int = pydantic.Field(256, ge=16)
+    whole_max_px: int = pydantic.Field(512 * 512, ge=1)  # area that runs untiled
+    max_bytes: int = pydantic.Field(64 << 20, ge=1)
+    max_pixels: int = pydantic.Field(64_000_000, ge=1)
+    max_output_pixels: int = pydantic.Field(128_000_000, ge=1)
+    timeout_s: float = pydantic.Field(60.0, gt=0)
+    codec_threads: int = pydantic.Field(2, ge=1)
+    quality: int = pydantic.Field(95, ge=1, le=100)  # of JPEG and WebP answers
+    poll_s: float = pydantic.Field(1.0, gt=0)  # how often the registry is read
+    sync_s: float = pydantic.Field(0.5, gt=0, le=2.0)  # how often a replica reports
+    ready_wait_s: float = pydantic.Field(60.0, ge=0)  # a starting replica waits so long for its models
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, data: Any, handler: pydantic.ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            unknown = first["type"] == "extra_forbidden"
+            rule = "no such argument" if unknown else first["msg"]
+            remedy = nearest(name, cls.model_fields) if unknown else "correct the application's args"
+            raise ConfigError(f"args.{name}", first.get("input"), rule, remedy) from None
+
+    def engine(self, threads: int) -> EngineSettings:
+        return EngineSettings(
+            device=self.device, threads=self.threads or threads, tile_px=self.tile_px, whole_max_px=self.whole_max_px
+        )
+
+    def gateway(self) -> GatewaySettings:
+        return GatewaySettings(
+            limits=Limits(max_bytes=self.max_bytes, max_pixels=self.max_pixels),
+            max_output_pixels=self.max_output_pixels,
+            default_model=self.default_model,
+            timeout_s=self.timeout_s,
+            codec_threads=self.codec_threads,
+            quality=self.quality,
+        )
+
+
+class RolloutReplica:
+    """Reads the registry every `poll_s`, answers the replicas' syncs, keeps the table. All I/O in one thread."""
+
+    def __init__(self, args: AppArgs) -> None:
+        setup_logging()
+        self._args = args
+        self._registry: Any = None
+        self._store = storage.open_store(args.state_uri or storage.home() / "serve")
+        self._io = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._rollout = rollout.Rollout(now=time.monotonic())
+        self._kept = 0  # generation of the table in the store
+        self._away = ""  # why the registry does not answer
+        self._started = asyncio.Event()
+        self._task = asyncio.create_task(self._follow_registry())
+
+    async def sync(self, report: Report) -> Orders:
+        await self._started.wait()  # who asks early is told what the registry says
+        return self._rollout.sync(report, time.monotonic())
+
+    async def check_health(self) -> None:
+        if self._task.done():
+            raise RuntimeError("the registry is no longer read")
+
+    async def _follow_registry(self) -> None:
+        table = await self._in_thread(rollout.read_table, self._store, TABLE)
+        self._rollout, self._kept = rollout.Rollout(table, now=time.monotonic()), table.generation
+        while True:
+            await self._poll()
+            self._started.set()
+            await asyncio.sleep(self._args.poll_s)
+
+    async def _poll(self) -> None:
+        """Read the registry and keep a changed table. What fails is said once and tried again."""
+        try:
+            self._rollout.desire(await self._in_thread(self._read), time.monotonic())
+            if (table := self._rollout.table).generation != self._kept:
+                await self._in_thread(rollout.write_table, self._store, TABLE, table)
+                self._kept = table.generation
+        except Exception as error:
+            if str(error) != self._away:
+                log.warning("table %d stays: %s", self._rollout.table.generation, error)
+            self._away = str(error)
+        else:
+            if self._away:
+                log.info("the registry answers again")
+            self._away = ""
+
+    def _read(self) -> Desired:
+        from rayscale.registry.models import Registry  # imports MLflow
+
+        self._registry = self._registry or Registry(self._args.tracking_uri or None)
+        return rollout.read_desired(self._registry, self._args.models)
+
+    async def _in_thread(self, work: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._io, work, *args)
+
+
+class GatewayReplica:
+    """One gateway and its engine."""
+
+    def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:
+        setup_logging()
+        self._args = args
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+        engine, meters = Engine(args.engine(max(1, int(cpus)))), RayMeters()
+        cache = Path(args.cache_dir or storage.home() / "cache") / "artifacts"
+
+        async def sync(report: Report) -> Orders:
+            return await asyncio.wait_for(rollout_handle.sync.remote(report), SYNC_TIMEOUT_S)
+
+        self._follower = Follower(
+            serve.get_replica_context().replica_id.unique_id,
+            engine,
+            sync,
+            functools.partial(follower.fetch, cache=cache, tracking_uri=args.tracking_uri or None),
+            ThreadPoolExecutor(1, thread_name_prefix="prepare"),
+            meters,
+            grace_s=args.timeout_s,
+        )
+        self._gateway = Gateway(args.gateway(), engine, self._follower, meters)
+        self._task: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._gateway, self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Ray Serve sends requests to a replica once this has started."""
+        await self._follower.start(self._args.ready_wait_s, self._args.sync_s)
+        self._task = asyncio.create_task(self._follower.follow(self._args.sync_s))
+        yield
+        self._task.cancel()
+        self._gateway.close()
+
+    async def check_health(self) -> None:
+        if self._task is not None and self._task.done():
+            raise RuntimeError("the rollout is no longer followed")
+
+
+RolloutDeployment = serve.deployment(
+    name="Rollout", num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}
+)(RolloutReplica)
+GatewayDeployment = serve.deployment(name="Gateway")(serve.ingress()(GatewayReplica))
+
+
+def build(args: AppArgs) -> Application:
+    """`import_path: rayscale.serve.app:build`."""
+    uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    args = args.model_copy(update={"tracking_uri": uri})
+    return GatewayDeployment.bind(args, RolloutDeployment.bind(args))

@@ -1,0 +1,175 @@
+"""A replica's side of the rollout: report, prepare in the background, adopt a table when all of it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+
+from rayscale import storage
+from rayscale.errors import ConfigError, IntegrityError, RayscaleError
+from rayscale.observe import log
+from rayscale.serve.engine import Engine
+from rayscale.serve.meters import Meters
+from rayscale.serve.rollout import Orders, Release, Report, Table
+
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
+
+
+class Follower:
+    """Keeps an engine in step with the rollout. All but the preparing happens on the event loop."""
+
+    def __init__(
+        self,
+        replica: str,
+        engine: Engine,
+        sync: Callable[[Report], Awaitable[Orders]],
+        fetch: Callable[[Release], Path],
+        executor: Executor,
+        meters: Meters,
+        *,
+        grace_s: float,
+    ) -> None:
+        """`executor` runs `fetch` and `Engine.prepare`; a digest is forgotten `grace_s` after no table names it."""
+        self.table = Table()  # what requests resolve against: everything in it is prepared
+        self.held: Mapping[str, str] = {}
+        self.reason = "the rollout has not answered yet"  # why it is not ready, "" once it is
+        self._replica, self._engine, self._sync, self._fetch = replica, engine, sync, fetch
+        self._executor, self._meters, self._grace_s = executor, meters, grace_s
+        self._failed: dict[str, str] = {}
+        self._retry: dict[str, tuple[float, float]] = {}  # digest -> (not before, last delay)
+        self._unnamed: dict[str, float] = {}  # digest -> since when no table names it
+        self._preparing: asyncio.Task[None] | None = None
+        self._sync_failed = False
+
+    async def follow(self, interval_s: float) -> None:
+        """Stay in step until cancelled. A rollout that is away changes nothing: the last table serves."""
+        while True:
+            try:
+                await self.step()
+                self._sync_failed = False
+            except Exception as error:
+                if not self._sync_failed:
+                    log.warning("no answer from the rollout, table %d stays: %r", self.table.generation, error)
+                self._sync_failed = True
+            await asyncio.sleep(interval_s)
+
+    async def start(self, wait_s: float, interval_s: float) -> None:
+        """Return when ready to answer, when there is nothing to get ready, or after `wait_s`.
+
+        A replica that starts without it would answer 503 while others could answer.
+        """
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until:
+            try:
+                if not (await self.step()).prepare or not self.reason:
+                    return
+            except Exception as error:
+                log.warning("no answer from the rollout yet: %r", error)
+            await asyncio.sleep(interval_s)
+        log.error("not ready after %.0f s: %s", wait_s, self.reason)
+
+    async def step(self) -> Orders:
+        """One report and what follows from its answer."""
+        orders = await self._sync(
+            Report(replica=self._replica, prepared=self._engine.digests, failed=dict(self._failed), table=self.table)
+        )
+        self.held = orders.held
+        self._start_preparing(orders)
+        self._adopt(orders)
+        self._forget(orders)
+        return orders
+
+    def _start_preparing(self, orders: Orders) -> None:
+        """One at a time: loading is heavy, and requests are being answered beside it."""
+        if self._preparing is not None and not self._preparing.done():
+            return
+        now = time.monotonic()
+        for release in orders.prepare:
+            not_before, _ = self._retry.get(release.digest, (0.0, 0.0))
+            if release.digest not in self._engine.digests and now >= not_before:
+                self._preparing = asyncio.create_task(self._prepare(release))
+                return
+
+    async def _prepare(self, release: Release) -> None:
+        loop, digest, started = asyncio.get_running_loop(), release.digest, time.monotonic()
+        try:
+            await loop.run_in_executor(self._executor, self._fetch_and_load, release)
+        except Exception as error:
+            if digest not in self._failed:
+                log.error("%s is refused: %s", release, error, exc_info=not isinstance(error, RayscaleError))
+                self._meters.add("rayscale_model_swaps_total", model=release.name, result="refused")
+            _, delay = self._retry.get(digest, (0.0, RETRY_FIRST_S / 2))
+            delay = min(2 * delay, RETRY_MAX_S)
+            self._retry[digest] = time.monotonic() + delay, delay
+            self._failed[digest] = str(error)
+            return
+        self._failed.pop(digest, None)
+        self._retry.pop(digest, None)
+        log.info("%s is prepared in %.1f s (%s)", release, time.monotonic() - started,
+                 self._engine.session(digest).provider)  # fmt: skip
+        self._meters.add("rayscale_model_swaps_total", model=release.name, result="prepared")
+
+    def _fetch_and_load(self, release: Release) -> None:
+        folder = self._fetch(release)
+        try:
+            self._engine.prepare(release.digest, folder)
+        except IntegrityError:
+            shutil.rmtree(folder, ignore_errors=True)  # the cache's copy is damaged: fetch it anew next time
+            raise
+
+    def _adopt(self, orders: Orders) -> None:
+        missing = orders.table.routed - self._engine.digests
+        if not missing:
+            self.table = orders.table
+        if self.table.routes:  # an old table serves as long as the new one is not ready
+            self.reason = ""
+        elif missing:
+            releases = sorted(str(orders.table.versions[digest]) for digest in missing)
+            failures = [self._failed[digest] for digest in missing if digest in self._failed]
+            self.reason = "; ".join([f"preparing {', '.join(releases)}", *failures])
+        else:
+            held = "; ".join(f"{route}: {why}" for route, why in sorted(orders.held.items()))
+            self.reason = held or "no model is promoted yet: no alias that this application follows exists"
+
+    def _forget(self, orders: Orders) -> None:
+        named = {r.digest for r in orders.prepare} | set(orders.table.versions) | set(self.table.versions)
+        now = time.monotonic()
+        loaded = self._engine.digests
+        self._unnamed = {digest: self._unnamed.get(digest, now) for digest in loaded - named}
+        for digest, since in list(self._unnamed.items()):
+            if now - since >= self._grace_s:  # requests that resolved to it are over
+                self._engine.forget(digest)
+        for digest in set(self._failed) - named:
+            self._failed.pop(digest)
+            self._retry.pop(digest, None)
+
+
+def fetch(release: Release, cache: Path, tracking_uri: str | None) -> Path:
+    """The release's artifact as a local folder `cache/DIGEST`. What is loaded is verified by its digest then.
+
+    Raises: MissingError, UnavailableError, ResourceError as the store does.
+    """
+    folder = cache / release.digest
+    if folder.is_dir():
+        return folder
+    try:
+        storage.open_store(release.uri)
+    except ConfigError:  # in MLflow's own terms (mlflow-artifacts:, runs:): only then a replica pays for its import
+        from rayscale.registry.models import Registry, Version
+
+        version = Version(name=release.name, version=release.version, digest=release.digest, uri=release.uri, run_id="")
+        return Registry(tracking_uri).fetch(version, cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+        storage.download_dir(release.uri, scratch)
+        with contextlib.suppress(FileExistsError, OSError):  # another replica on this node was faster
+            Path(scratch).rename(folder)
+    if not folder.is_dir():
+        raise IntegrityError("cache", folder, "could not be written", "check the cache folder")
+    return folder

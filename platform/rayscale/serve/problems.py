@@ -1,0 +1,162 @@
+"""What every HTTP answer has: a request id, a place in the metrics, and, when it is an error, RFC 9457 problem+json."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import pydantic
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayscale.errors import RayscaleError, UnavailableError, UserError
+from rayscale.observe import log
+from rayscale.serve.meters import Meters
+
+REQUEST_ID = "X-Request-Id"
+MEDIA_TYPE = "application/problem+json"
+CLIENT_GONE = 499  # nobody reads it; it stands in the metrics
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Problem(pydantic.BaseModel):
+    """An error, as RFC 9457 has it. `type` is for programs, `detail` for people: value, rule and remedy."""
+
+    type: str = pydantic.Field(examples=["urn:rayscale:problem:too-large"])
+    title: str = pydantic.Field(examples=["Content Too Large"])
+    status: int = pydantic.Field(examples=[413])
+    detail: str = pydantic.Field(
+        examples=["image=40000x40000: sides have at most 32768 px; send it in parts or smaller"]
+    )
+    instance: str = pydantic.Field(examples=["/v1/upscale"])
+    request_id: str = pydantic.Field(examples=["9f86d081884c7d65"])
+    field: str | None = pydantic.Field(default=None, description="what is wrong", examples=["image"])
+
+
+class BusyError(UnavailableError):
+    """No capacity now; `retry_after_s` is when to come back."""
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str, *, retry_after_s: float) -> None:
+        super().__init__(field, value, rule, remedy)
+        self.retry_after_s = retry_after_s
+
+
+def install(app: FastAPI, meters: Meters) -> None:
+    """Make `app` answer every error as a problem, and count what it answers."""
+    app.add_exception_handler(RayscaleError, _on_ours)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_middleware(_Envelope, meters=meters)
+
+
+def problem(
+    request: Request,
+    status: int,
+    kind: str,
+    detail: str,
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """One error as a response."""
+    body = Problem(
+        type=f"urn:rayscale:problem:{kind}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        instance=request.url.path,
+        request_id=request.scope.get("rayscale.request_id", ""),
+        field=field,
+    )
+    content = body.model_dump_json(exclude_none=True)
+    return Response(content, status, headers, MEDIA_TYPE)
+
+
+def _on_ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RayscaleError)
+    if not isinstance(error, UserError | UnavailableError):
+        return _internal(request, error)
+    headers = {}
+    if isinstance(error, UnavailableError):
+        after_s = error.retry_after_s if isinstance(error, BusyError) else 1.0
+        headers["Retry-After"] = str(max(1, math.ceil(after_s)))
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(error).__name__.removesuffix("Error")).lower()
+    return problem(request, error.http_status, kind, str(error), error.field, headers)
+
+
+def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail, status = str(error.detail), error.status_code
+    if detail == HTTPStatus(status).phrase:  # Starlette's own: say what can be done
+        detail = {
+            404: f"there is nothing at {request.url.path}; the routes are at /docs",
+            405: f"{request.url.path} does not take {request.method}; see the Allow header",
+        }.get(status, detail)
+    kind = HTTPStatus(status).phrase.lower().replace(" ", "-")
+    return problem(request, status, kind, detail, headers=error.headers)
+
+
+def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    shown = str(first.get("input", ""))[:200]
+    return problem(request, 422, "validation", f"{where}={shown}: {first['msg']}; see /docs", where)
+
+
+def _internal(request: Request, error: Exception) -> Response:
+    """Ours to mend: the log gets the traceback, the client an id to name it by."""
+    request_id = request.scope.get("rayscale.request_id", "")
+    log.error("request %s: %s", request_id, error, exc_info=error)
+    detail = f"something of ours failed; report it with the request id {request_id}"
+    return problem(request, 500, "internal", detail)
+
+
+class _Envelope:
+    """Around every request, errors included: the request id in and out, the status and the time into the metrics."""
+
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
+        self.app, self.meters = app, meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["rayscale.request_id"] = request_id
+        started, status = time.monotonic(), CLIENT_GONE
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_named)
+        except Exception as error:
+            if status != CLIENT_GONE:  # half of the answer is out
+                raise
+            await _internal(Request(scope), error)(scope, receive, send_named)
+        finally:
+            route = getattr(scope.get("route"), "path", "(none)")
+            model = scope.get("rayscale.model", "")
+            self.meters.add("rayscale_requests_total", route=route, model=model, status=str(status))
+            self.meters.add("rayscale_request_seconds", time.monotonic() - started, route=route, model=model)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for the OpenAPI page."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}

@@ -1,0 +1,209 @@
+"""Which versions serve: the routing table, and how it follows the registry's aliases without a seam.
+
+A moved alias is prepared by every live replica first (download, digest, golden probe, warm-up); then one table is
+published. The version before stays listed, so replicas keep it warm for a rollback. Pure: no Ray, no MLflow, no
+clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rayscale import contract
+from rayscale.errors import ConfigError, MissingError, nearest
+from rayscale.observe import log
+from rayscale.storage import Store
+
+if TYPE_CHECKING:  # MLflow: only the process that reads the registry pays for it
+    from rayscale.registry.models import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A registered version, as far as serving needs it."""
+
+    name: str
+    version: int
+    digest: str
+    uri: str  # of the artifact's folder
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Who answers for which route. Versions without a route are to be kept warm."""
+
+    generation: int = 0
+    routes: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    """"name@alias" -> (digest, weight), ...; the weights of a route add up to 1."""
+    versions: Mapping[str, Release] = field(default_factory=dict)
+    """digest -> release."""
+    schema: int = contract.SCHEMA
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Every digest that may be asked to answer."""
+        return frozenset(digest for shares in self.routes.values() for digest, _ in shares)
+
+    def pick(self, route: str, draw: float) -> Release:
+        """The release that answers a request, by `draw` in [0, 1). Raises: MissingError for an unknown route."""
+        if route not in self.routes:
+            raise MissingError("model", route, "is not served here", nearest(route, self.routes))
+        for digest, weight in self.routes[route]:
+            draw -= weight
+            if draw < 0:
+                return self.versions[digest]
+        return self.versions[self.routes[route][-1][0]]  # the weights' rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a replica says at every sync."""
+
+    replica: str
+    prepared: frozenset[str] = frozenset()  # digests it can answer with now
+    failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why; it tries again by itself
+    table: Table = Table()  # the one it follows: a second copy, should the rollout lose its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a replica is told: the table, what to prepare (most urgent first), and what is held back and why."""
+
+    table: Table
+    prepare: tuple[Release, ...] = ()
+    held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desired:
+    """What the registry says: where each alias points, and which aliases cannot be followed, and why."""
+
+    routes: Mapping[str, Release] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+class Rollout:
+    """The state machine. `desire` what the registry says, `sync` every replica; both may publish a new table."""
+
+    def __init__(self, table: Table | None = None, *, now: float, stale_s: float = 5.0) -> None:
+        """`table`: the one that was kept; `stale_s`: a replica that has been silent for so long is dead."""
+        self.table = table or Table()
+        self.stale_s = stale_s
+        # Replicas that outlived the rollout's process get the time to be heard before anything moves.
+        self._publish_from = now + stale_s if self.table.routes else now
+        self._desired: Desired | None = None  # unknown until the registry has answered once
+        self._replicas: dict[str, tuple[float, Report]] = {}
+
+    def desire(self, desired: Desired, now: float) -> None:
+        """The registry's word. A route that it no longer has is closed, one that cannot be followed stays."""
+        self._desired = desired
+        self._settle(now)
+
+    def sync(self, report: Report, now: float) -> Orders:
+        """Take a replica's report and answer with its orders."""
+        if report.table.generation > self.table.generation:
+            log.warning("replica %s follows table %d, newer than %d: taken over", report.replica,
+                        report.table.generation, self.table.generation)  # fmt: skip
+            self.table = report.table
+        self._replicas[report.replica] = (now, report)
+        self._settle(now)
+        return Orders(table=self.table, prepare=self._prepare(), held=self.held())
+
+    def held(self) -> dict[str, str]:
+        """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
+        waiting = {route: self._why(release) for route, release in self._pending().items()}
+        return waiting | dict(self._desired.refused if self._desired else {})
+
+    def _pending(self) -> dict[str, Release]:
+        desired = self._desired.routes if self._desired else {}
+        return {route: r for route, r in desired.items() if self.table.routes.get(route) != ((r.digest, 1.0),)}
+
+    def _why(self, release: Release) -> str:
+        reports = [report for _, report in self._replicas.values()]
+        for report in reports:
+            if release.digest in report.failed and release.digest not in report.prepared:
+                return f"{release} is refused: {report.failed[release.digest]}"
+        ready = sum(release.digest in report.prepared for report in reports)
+        return f"{release} is being prepared: {ready} of {len(reports)} replicas are ready"
+
+    def _prepare(self) -> tuple[Release, ...]:
+        """Routes first (a new replica's way to readiness), then what is pending, then what stays warm."""
+        routed = self.table.routed
+        releases = [self.table.versions[digest] for digest in sorted(routed)]
+        releases += self._pending().values()
+        releases += [release for digest, release in self.table.versions.items() if digest not in routed]
+        return tuple({release.digest: release for release in releases}.values())
+
+    def _settle(self, now: float) -> None:
+        """Publish what every live replica has prepared, all in one new table."""
+        self._replicas = {k: (seen, r) for k, (seen, r) in self._replicas.items() if now - seen < self.stale_s}
+        if self._desired is None:
+            return
+        followed = {*self._desired.routes, *self._desired.refused}
+        routes = {route: shares for route, shares in self.table.routes.items() if route in followed}
+        moved = {}
+        if self._replicas and now >= self._publish_from:
+            ready = frozenset.intersection(*(report.prepared for _, report in self._replicas.values()))
+            moved = {route: release for route, release in self._pending().items() if release.digest in ready}
+        routes |= {route: ((release.digest, 1.0),) for route, release in moved.items()}
+        if routes == self.table.routes:
+            return
+        known = {**self.table.versions, **{r.digest: r for r in moved.values()}}
+        replaced = {digest for route in moved for digest, _ in self.table.routes.get(route, ())}
+        renewed = {release.name for release in moved.values()}
+        routed = {digest for shares in routes.values() for digest, _ in shares}
+        keep = {
+            digest: release
+            for digest, release in known.items()
+            if digest in routed or digest in replaced or release.name not in renewed
+        }
+        self.table = Table(generation=self.table.generation + 1, routes=routes, versions=keep)
+        log.info("table %d: %s", self.table.generation,
+                 ", ".join(f"{route} -> {keep[s[0][0]]}" for route, s in sorted(routes.items())))  # fmt: skip
+
+
+# --- where the desired state and the last table are kept --------------------------------------------------------
+
+
+def route_of(model: str) -> str:
+    """ "name" -> "name@champion"."""
+    return model if "@" in model else f"{model}@champion"
+
+
+def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
+    """Ask the registry. `models`: "name@alias", with `*` in the name for any that has the alias.
+
+    Raises: UnavailableError when it does not answer.
+    """
+    routes: dict[str, Release] = {}
+    refused: dict[str, str] = {}
+    for pattern in models:
+        name_pattern, _, alias = route_of(pattern).partition("@")
+        is_pattern = any(c in name_pattern for c in "*?[")
+        names = fnmatch.filter(registry.names(), name_pattern) if is_pattern else [name_pattern]
+        for name in names:
+            route = f"{name}@{alias}"
+            try:
+                v = registry.resolve(route)
+            except MissingError:
+                continue
+            except ConfigError as error:  # another tool's version, or a malformed reference
+                refused[route] = str(error)
+                continue
+            routes[route] = Release(name=v.name, version=v.version, digest=v.digest, uri=v.uri)
+    return Desired(routes=routes, refused=refused)
+
+
+def read_table(store: Store, key: str) -> Table:
+    """The table as it was last kept, an empty one where there is none."""
+    return contract.loads(Table, store.read(key), key) if store.exists(key) else Table()
+
+
+def write_table(store: Store, key: str, table: Table) -> None:
+    store.write(key, contract.dumps(table).encode())

@@ -1,0 +1,1 @@
+"""Training: one loop for every family, its checkpoints, and the edge to Ray Train."""

@@ -1,0 +1,232 @@
+"""What a run is, in its folder, and back: the record of the run, and checkpoints with checksums.
+
+    RUN/run.json                   who this run is: recipe, data, MLflow run
+    RUN/position.json              every start of its workers: checkpoint, step, how many
+    RUN/checkpoint_*/              nets.safetensors, optimizers.safetensors, checkpoint.json (written last)
+
+A folder without a `checkpoint.json` whose checksums hold is not a checkpoint, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rayscale import contract
+from rayscale.errors import IntegrityError, MissingError, RayscaleError
+from rayscale.nn import unwrap
+from rayscale.observe import log
+from rayscale.storage import download_dir, join, open_store
+from rayscale.task import Task
+
+_FOLDER = re.compile(r"^(checkpoint_[^/]+)/checkpoint\.json$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """`run.json`: the identity of a run. The same command resumes it; another recipe under its name is refused."""
+
+    name: str
+    uri: str
+    recipe: str  # module:function
+    overrides: tuple[str, ...]
+    recipe_digest: str
+    resolved: Mapping[str, Any]  # the whole recipe, to show what was edited
+    manifest: str  # URI
+    manifest_digest: str
+    plan_digest: str
+    tracking_uri: str
+    mlflow_run_id: str
+    code_version: str
+    status: Literal["running", "finished"] = "running"
+    schema: int = contract.SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """`checkpoint.json`: where a run stood, and the checksums of the files beside."""
+
+    images_seen: int
+    position: int  # global steps of the plan that were consumed
+    plan_digest: str
+    recipe_digest: str
+    code_version: str
+    chain: str  # hash chain over the global batches consumed so far (hex)
+    metrics: Mapping[str, float]  # of the validation at this point; empty where none ran
+    files: Mapping[str, str]  # file -> SHA-256
+    optimizers: Mapping[str, Any] = field(default_factory=dict)  # turn -> param_groups
+    uri: str = ""  # where it was read from
+    schema: int = contract.SCHEMA
+
+
+def open_run(run_uri: str) -> RunRecord:
+    """The record of a run. Raises: MissingError where there is none."""
+    store = open_store(run_uri)
+    if not store.exists("run.json"):
+        raise MissingError("run", run_uri, "no run.json there", "give the folder that `train` printed as run_uri")
+    return contract.loads(RunRecord, store.read("run.json"), join(run_uri, "run.json"))
+
+
+def write_run(record: RunRecord) -> None:
+    """Store the record in the run's folder."""
+    open_store(record.uri).write("run.json", contract.dumps(record).encode())
+
+
+def save(
+    folder: Path,
+    nets: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    info: CheckpointInfo,
+) -> None:
+    """Write a checkpoint into an empty local folder; `checkpoint.json` last."""
+    tensors = {f"{k}/{name}": t for k, net in nets.items() for name, t in unwrap(net).state_dict().items()}
+    state, groups = {}, {}
+    for turn, optimizer in optimizers.items():
+        saved = optimizer.state_dict()
+        groups[turn] = saved["param_groups"]
+        for index, slots in saved["state"].items():
+            state |= {f"{turn}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+    files = {}
+    for name, content in (("nets.safetensors", tensors), ("optimizers.safetensors", state)):
+        # safetensors refuses shared memory: an EMA that aliases its source would be a bug worth hearing of
+        save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / name)
+        files[name] = _sha256(folder / name)
+    info = dataclasses.replace(info, files=files, optimizers=groups)
+    (folder / "checkpoint.json").write_text(contract.dumps(info))
+
+
+def checkpoints(run_uri: str) -> list[CheckpointInfo]:
+    """All published checkpoints of a run, newest first, unverified: `fetch` verifies."""
+    store = open_store(run_uri)
+    found = []
+    for entry in store.list("checkpoint_"):
+        if match := _FOLDER.match(entry.key):
+            uri = join(run_uri, match[1])
+            try:
+                info = contract.loads(CheckpointInfo, store.read(entry.key), uri)
+            except RayscaleError as error:
+                log.warning("skipping a damaged checkpoint: %s", error)
+                continue
+            found.append(dataclasses.replace(info, uri=uri))
+    return sorted(found, key=lambda c: (c.images_seen, c.uri), reverse=True)
+
+
+def newest(run_uri: str, folder: Path) -> CheckpointInfo | None:
+    """The newest checkpoint that verifies, fetched into `folder`; None where there is none."""
+    for info in checkpoints(run_uri):
+        try:
+            fetch(info, folder)
+            return info
+        except RayscaleError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+def select(run_uri: str, which: Literal["best", "last"], metric: str = "psnr_y") -> CheckpointInfo:
+    """The checkpoint that ships: the newest, or the one with the highest validated `metric`."""
+    found = checkpoints(run_uri)
+    if which == "best":
+        found = sorted(found, key=lambda c: c.metrics.get(metric, float("-inf")), reverse=True)
+    if not found:
+        raise MissingError("checkpoint", run_uri, "the run has none", "train first, or wait for the first one")
+    return found[0]
+
+
+def fetch(info: CheckpointInfo, folder: Path) -> None:
+    """Download and verify. Raises: IntegrityError where a file is not what its checksum says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    download_dir(info.uri, folder)
+    for name, expected in info.files.items():
+        path = folder / name
+        if not path.exists() or _sha256(path) != expected:
+            raise IntegrityError(
+                f"{info.uri}/{name}", expected[:12], "does not have this checksum", "the checkpoint before it is taken"
+            )
+
+
+def restore(folder: Path, nets: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Load a fetched checkpoint into freshly built nets and optimizers."""
+    info = contract.loads(CheckpointInfo, (folder / "checkpoint.json").read_text(), str(folder))
+    _restore_nets(load_file(folder / "nets.safetensors"), nets)
+    state = load_file(folder / "optimizers.safetensors")
+    for turn, optimizer in optimizers.items():
+        slots: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for key, tensor in state.items():
+            name, index, slot = key.split("/")
+            if name == turn:
+                p = parameters[int(index)]
+                like = torch.empty_like(p) if tensor.shape == p.shape else torch.empty_like(tensor)
+                slots.setdefault(int(index), {})[slot] = like.copy_(tensor)  # keeps the memory format
+        optimizer.load_state_dict({"state": slots, "param_groups": list(info.optimizers[turn])})
+
+
+def load_nets(info: CheckpointInfo, task: Task) -> dict[str, nn.Module]:
+    """The nets of a checkpoint on the CPU, in eval mode: what publishing starts from."""
+    nets = task.build(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch(info, Path(scratch))
+        _restore_nets(load_file(Path(scratch) / "nets.safetensors"), nets)
+    return {name: net.eval() for name, net in nets.items()}
+
+
+def _restore_nets(tensors: Mapping[str, Tensor], nets: Mapping[str, nn.Module]) -> None:
+    for name, net in nets.items():
+        prefix = f"{name}/"
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        try:
+            unwrap(net).load_state_dict(own)
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"net {name}",
+                " ".join(str(error).split())[:160],
+                "does not fit this recipe",
+                "use the recipe that made the checkpoint, or start with --new",
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of the run's workers: where from, and how many."""
+
+    step: int
+    checkpoint: str  # URI, "" at the very beginning
+    world_size: int
+    unix: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """`position.json`: every start of the run; the last one is where it goes on from."""
+
+    starts: tuple[Start, ...] = ()
+    schema: int = contract.SCHEMA
+
+
+def read_position(run_uri: str) -> Position:
+    """All starts of the run so far."""
+    store = open_store(run_uri)
+    if not store.exists("position.json"):
+        return Position()
+    return contract.loads(Position, store.read("position.json"), join(run_uri, "position.json"))
+
+
+def write_position(run_uri: str, start: Start) -> None:
+    """Rank 0's decision, made before any worker asks for its data."""
+    position = Position(starts=(*read_position(run_uri).starts, start))
+    open_store(run_uri).write("position.json", contract.dumps(position).encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

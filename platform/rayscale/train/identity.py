@@ -1,0 +1,75 @@
+"""Run identity: a run is a name under the storage URI. The same command resumes it, whoever killed it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rayscale.contract import digest
+from rayscale.errors import ConfigError, ConflictError
+from rayscale.observe import log
+from rayscale.storage import join, open_store
+from rayscale.train.checkpoint import RunRecord, open_run
+
+
+def default_name(recipe: str, overrides: tuple[str, ...], recipe_digest: str, manifest_digest: str) -> str:
+    """`compact-demo-1a2b3c4d`: the recipe's name and a digest of recipe and data."""
+    module, _, function = recipe.partition(":")
+    return f"{module.rpartition('.')[2]}-{function}-{digest([recipe_digest, manifest_digest])[:8]}"
+
+
+def claim(wanted: RunRecord, *, new: bool = False, rebase: bool = False) -> RunRecord:
+    """The run to go on with: the one under `wanted.uri`, or `wanted` itself where there is none.
+
+    `new` takes the next free name instead; `rebase` goes on from the old weights with the edited recipe or data.
+
+    Raises: ConfigError where the run there has another recipe or other data, naming the differences.
+    """
+    if not open_store(wanted.uri).exists("run.json"):
+        return wanted
+    found = open_run(wanted.uri)
+    if new:
+        number = 2
+        while open_store(f"{wanted.uri}-{number}").exists("run.json"):
+            number += 1
+        return dataclasses.replace(wanted, name=f"{wanted.name}-{number}", uri=f"{wanted.uri}-{number}")
+    edits = differences(found.resolved, wanted.resolved)
+    if found.manifest_digest != wanted.manifest_digest:
+        edits.append(f"data: {found.manifest_digest[:12]} -> {wanted.manifest_digest[:12]}")
+    if edits and not rebase:
+        raise ConfigError(
+            "--name",
+            found.name,
+            f"this run was started with another recipe or other data ({'; '.join(edits)})",
+            "take --new for a run of its own, or --rebase to go on from its weights",
+        )
+    if found.tracking_uri != wanted.tracking_uri:
+        raise ConflictError(
+            "MLFLOW_TRACKING_URI", wanted.tracking_uri, f"the run is tracked in {found.tracking_uri}", "set it to that"
+        )
+    if edits:
+        log.warning("--rebase: going on from the weights of %s with %s", found.name, "; ".join(edits))
+        return dataclasses.replace(wanted, mlflow_run_id=found.mlflow_run_id)
+    if found.status != "finished" and found.code_version != wanted.code_version:
+        log.warning("run %s was started by code %s, this is %s", found.name, found.code_version, wanted.code_version)
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`path: old -> new` for every value that differs, in the order of the paths."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{path}.")
+        elif a != b:
+            found.append(f"{path}: {a} -> {b}")
+    return found
+
+
+def run_uri(storage: str, name: str) -> str:
+    """Where the run of that name lives. Raises: ConfigError for a name that is no single path component."""
+    if not name or set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."):
+        raise ConfigError("--name", name, "letters, digits, '-', '_' and '.' only", "choose another")
+    return join(storage, name)

@@ -1,0 +1,79 @@
+"""What tests share: small photos, a packed dataset, one Ray cluster a session, a home of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CPU figures are promised to the bit; GPU checks ask for theirs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rayscale_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing of a test lands in the user's own home."""
+    home = tmp_path_factory.mktemp("home")
+    old = {k: os.environ.get(k) for k in ("RAYSCALE_HOME", "MLFLOW_TRACKING_URI")}
+    os.environ["RAYSCALE_HOME"] = str(home)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{home}/mlflow.db"
+    yield home
+    for key, value in old.items():
+        os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 real photos of 96..128 px cut from scikit-image's, as PNG and JPEG: train (12), validation (2), test (2)."""
+    import cv2
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("photos")
+    sources = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
+    for i in range(16):
+        source = sources[i % 4]
+        side = 96 + 8 * (i % 5)
+        top, left = (37 * i) % (source.shape[0] - side), (53 * i) % (source.shape[1] - side)
+        split = "train" if i < 12 else "validation" if i < 14 else "test"
+        suffix = "png" if i % 2 else "jpg"
+        path = folder / split / f"photo{i:02d}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.ascontiguousarray(source[top : top + side, left : left + side, ::-1]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The packed `photo_folder`: URI of the dataset."""
+    from rayscale.data.shards import PackSettings, pack
+
+    out = tmp_path_factory.mktemp("packed") / "dataset"
+    pack(str(photo_folder), str(out), PackSettings(split="folder", min_side=64))
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """One local cluster with four logical CPUs for all tests that need Ray; yields its address."""
+    import ray
+
+    temp = tempfile.mkdtemp(prefix="rs", dir="/tmp")
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=400 << 20,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _temp_dir=temp,
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""A small x2 upscaler as an artifact, built without torch: two 3x3 convolutions, random weights, exact halo 2 px.
+
+`runpy.run_path` loads it where tests need one: test folders are no packages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from rayscale import artifact
+from rayscale.contract import ModelCard, Spec, TensorSpec
+
+
+def model_bytes(seed: int) -> bytes:
+    """nearest(x) + detail(x), clipped to [0, 1]: f32[n, 3, h, w] -> f32[n, 3, 2h, 2w]."""
+    rng = np.random.default_rng(seed)
+    constants = {
+        "w1": 0.3 * rng.standard_normal((8, 3, 3, 3)),
+        "w2": 0.3 * rng.standard_normal((12, 8, 3, 3)),
+        "sizes": np.array([1, 1, 2, 2]),
+        "low": np.array(0.0),
+        "high": np.array(1.0),
+    }
+    nodes = [
+        helper.make_node("Conv", ["image", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("DepthToSpace", ["c"], ["detail"], blocksize=2, mode="CRD"),
+        helper.make_node("Resize", ["image", "", "sizes"], ["base"], mode="nearest"),
+        helper.make_node("Add", ["base", "detail"], ["sum"]),
+        helper.make_node("Clip", ["sum", "low", "high"], ["image_out"]),
+    ]
+    edges = [
+        helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "h", "w"]),
+        helper.make_tensor_value_info("image_out", TensorProto.FLOAT, ["n", 3, "h2", "w2"]),
+    ]
+    weights = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "small", edges[:1], edges[1:], weights)
+    model = onnx.ModelProto(ir_version=10, graph=graph, opset_import=[helper.make_opsetid("", 20)])
+    return bytes(model.SerializeToString())
+
+
+def card(*, halo_px: int | None = 2, align: int = 1, kind: str = "transform") -> ModelCard:
+    spec = Spec(
+        kind=kind,  # type: ignore[arg-type]
+        inputs=(TensorSpec(name="image", shape=("n", 3, "h", "w")),),
+        outputs=(TensorSpec(name="image_out", shape=("n", 3, "2*h", "2*w")),),
+        scale=2,
+        align=align,
+        halo_px=halo_px,
+        halo_why_none="" if halo_px is not None else "looks everywhere",
+    )
+    return ModelCard(family="small", spec=spec, licence="MIT")
+
+
+def write(folder: Path, seed: int = 0, **changes: object) -> str:
+    """Write the artifact; its digest."""
+    golden = np.random.default_rng(7).random((1, 3, 12, 16), np.float32)
+    return artifact.write(folder, model_bytes(seed), card(**changes), {"image": golden})  # type: ignore[arg-type]

@@ -1,0 +1,345 @@
+"""The engine: exact tiles, fairness, cancellation, deadlines, batches across requests; on fakes and on ONNX Runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rayscale import artifact, imaging
+from rayscale.contract import ModelCard
+from rayscale.errors import TooLargeError, UnavailableError
+from rayscale.serve.engine import Canvas, Engine, EngineSettings, Job, Model, TileQueue, Timing, plan
+
+small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
+U8, F32 = NDArray[np.uint8], NDArray[np.float32]
+POISON = 255
+
+
+class FakeSession:
+    """Doubles pixels; every run waits for `gate`, and is recorded as the first pixel of each tile of its batch."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.card: ModelCard = small["card"](halo_px=0)
+        self.digest, self.provider, self.seconds = "fake", "Fake", seconds
+        self.runs: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def transform(self, nchw: F32) -> F32:
+        names = [round(float(x[0, 0, 0]) * 255) for x in nchw]
+        if names != [0]:  # the warm-up
+            self.runs.append(names)
+            self.gate.wait(10)
+        time.sleep(self.seconds)
+        if POISON in names:
+            raise ValueError("poison")
+        return nchw.repeat(2, 2).repeat(2, 3)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def begin(session: FakeSession, **settings: int) -> Engine:
+        engine = Engine(EngineSettings(**settings), load=lambda folder, digest: session)  # type: ignore[arg-type]
+        engine.prepare("d", Path())
+        engines.append(engine)
+        return engine
+
+    yield begin
+    for engine in engines:
+        engine.close()
+
+
+def tile(name: int, side: int = 8) -> U8:
+    return np.full((side, side, 3), name, np.uint8)
+
+
+def nowhere(index: int, result: U8) -> None:
+    """Results are not looked at."""
+
+
+async def ask(engine: Engine, *names: int, timeout_s: float = 10.0, side: int = 8) -> Timing:
+    return await engine.run("d", [tile(n, side) for n in names], nowhere, deadline=time.monotonic() + timeout_s)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+# --- pictures and tiles
+
+
+def serve_whole_and_tiled(folder: Path, digest: str, picture: U8, **settings: int) -> tuple[U8, Canvas]:
+    engine = Engine(EngineSettings(threads=1, **settings))
+    engine.prepare(digest, folder)
+    spec = engine.session(digest).card.spec
+    canvas = Canvas(plan(spec, *picture.shape[:2], engine.settings), picture)
+    try:
+        asyncio.run(engine.run(digest, canvas.tiles, canvas.place, deadline=time.monotonic() + 30))
+    finally:
+        engine.close()
+    whole = artifact.load(folder, threads=1).transform(imaging.to_nchw_f32(picture))
+    return imaging.to_hwc_u8(whole), canvas
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 33), (32, 32), (33, 32), (97, 50), (20, 401), (64, 65)])
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_tiled_is_untiled_bit_for_bit(tmp_path: Path, height: int, width: int, max_batch: int) -> None:
+    digest = small["write"](tmp_path / "a")
+    picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+    whole, canvas = serve_whole_and_tiled(
+        tmp_path / "a", digest, picture, tile_px=32, whole_max_px=1, max_batch=max_batch
+    )
+    np.testing.assert_array_equal(canvas.result, whole)
+    assert len(canvas.tiles) > 1 or (height <= 32 and width <= 32)
+
+
+def test_a_halo_one_pixel_short_is_seen(tmp_path: Path) -> None:
+    digest = small["write"](tmp_path / "a", halo_px=1)  # the negative control of the test above
+    picture = np.random.default_rng(0).integers(0, 256, (97, 50, 3), np.uint8)
+    whole, canvas = serve_whole_and_tiled(tmp_path / "a", digest, picture, tile_px=32, whole_max_px=1)
+    assert (canvas.result != whole).any()
+
+
+def test_sides_are_padded_to_align_and_cropped_back() -> None:
+    spec = small["card"](halo_px=2, align=4).spec
+    planned = plan(spec, 41, 30, EngineSettings(tile_px=16, whole_max_px=1))
+    assert (planned.padded_height, planned.padded_width) == (44, 32)
+    assert all(t.y % 4 == 0 and t.x % 4 == 0 and t.height % 4 == 0 and t.width % 4 == 0 for t in planned.tiles)
+    picture = np.random.default_rng(1).integers(0, 256, (41, 30, 3), np.uint8)
+    canvas = Canvas(planned, picture)
+    for index in reversed(range(len(canvas.tiles))):
+        canvas.place(index, canvas.tiles[index].repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(canvas.result, picture.repeat(2, 0).repeat(2, 1))
+
+
+def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
+    exact, inexact = small["card"]().spec, small["card"](halo_px=None).spec
+    settings = EngineSettings(tile_px=64, whole_max_px=100 * 100, untiled_max_px=200 * 200)
+    assert plan(exact, 100, 100, settings).tiling == "whole"
+    assert plan(exact, 101, 100, settings).tiling == "tiled 4"
+    assert plan(inexact, 200, 200, settings).tiling == "whole"
+    with pytest.raises(TooLargeError, match="looks everywhere"):
+        plan(inexact, 201, 200, settings)
+    far = small["card"](halo_px=60).spec  # more than the tile could hold: the tile grows
+    assert plan(far, 500, 300, settings).tiles[0].height == 240
+
+
+# --- the queue
+
+
+def job(name: int, tiles: int = 1, side: int = 8, model: Model | None = None, deadline: float = 1e9) -> Job:
+    return Job(model or MODEL, [tile(name, side)] * tiles, nowhere, deadline)
+
+
+MODEL = Model(FakeSession(), 1e-3)
+
+
+def taken(queue: TileQueue, now: float = 0.0) -> list[list[int]]:
+    """Everything in the queue, as the names of each batch's tiles."""
+    found = []
+    while batch := queue.take(now):
+        found.append([int(j.tiles[index][0, 0, 0]) for j, index in batch])
+    return found
+
+
+def test_requests_take_turns() -> None:
+    queue = TileQueue(1)
+    for j in (job(1, tiles=4), job(2), job(3, tiles=2)):
+        queue.put(j)
+    assert taken(queue) == [[1], [2], [3], [1], [3], [1], [1]]
+
+
+def test_a_batch_is_of_one_model_and_one_shape_and_fair_within() -> None:
+    queue, other = TileQueue(3), Model(FakeSession(), 1e-3)
+    for j in (job(1, tiles=4), job(2, side=16), job(3), job(4, model=other), job(5)):
+        queue.put(j)
+    assert taken(queue) == [[1, 3, 5], [2], [4], [1, 1, 1]]
+
+
+def test_the_dead_are_never_taken() -> None:
+    queue = TileQueue(4)
+    late, gone, alive = job(1, deadline=5.0), job(2), job(3, deadline=5.1)
+    for j in (late, gone, alive):
+        queue.put(j)
+    gone.future.cancel()
+    assert queue.cost_s() == pytest.approx(2 * 64 * 1e-3)
+    assert taken(queue, now=5.0) == [[3]]
+    assert isinstance(late.future.exception(), UnavailableError)
+
+
+# --- the engine
+
+
+def test_what_waits_is_taken_at_once_and_together(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session, max_batch=8)
+    session.gate.clear()
+
+    async def main() -> None:
+        first = asyncio.create_task(ask(engine, 1))
+        await until(lambda: session.runs == [[1]])  # alone: nothing waits for company
+        rest = [asyncio.create_task(ask(engine, n)) for n in range(2, 8)]
+        await asyncio.sleep(0.02)
+        session.gate.set()
+        await asyncio.gather(first, *rest)
+
+    asyncio.run(main())
+    assert session.runs == [[1], [2, 3, 4, 5, 6, 7]]
+
+
+def test_a_huge_job_delays_a_small_one_by_one_batch(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        huge = asyncio.create_task(ask(engine, *[1] * 50))
+        await until(lambda: session.runs == [[1]])
+        thumbnail = asyncio.create_task(ask(engine, 2))
+        await asyncio.sleep(0.02)
+        session.gate.set()
+        await asyncio.gather(huge, thumbnail)
+
+    asyncio.run(main())
+    assert session.runs.index([2]) <= 2
+    assert session.runs.count([1]) == 50
+
+
+def test_a_cancelled_request_stops_running(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        request = asyncio.create_task(ask(engine, *[1] * 50))
+        await until(lambda: len(session.runs) == 1)
+        request.cancel()
+        await asyncio.sleep(0.02)
+        session.gate.set()
+        await ask(engine, 2)
+
+    asyncio.run(main())
+    assert session.runs == [[1], [2]]
+
+
+def test_the_deadline_answers_even_while_the_device_is_busy(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        busy = asyncio.create_task(ask(engine, 1))
+        await until(lambda: len(session.runs) == 1)
+        started = time.monotonic()
+        with pytest.raises(UnavailableError, match="deadline"):
+            await ask(engine, 2, timeout_s=0.05)
+        assert time.monotonic() - started < 1
+        session.gate.set()
+        await busy
+
+    asyncio.run(main())
+    assert session.runs == [[1]]
+
+
+def test_a_poison_tile_fails_its_own_request_only(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session, max_batch=8)
+    session.gate.clear()
+
+    async def main() -> list[Timing | BaseException]:
+        asks = [asyncio.create_task(ask(engine, 1))]
+        await until(lambda: len(session.runs) == 1)
+        asks += [asyncio.create_task(ask(engine, n)) for n in (2, POISON, 3)]
+        await asyncio.sleep(0.02)
+        session.gate.set()
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert [type(r) for r in results] == [Timing, Timing, ValueError, Timing]
+    assert [2, POISON, 3] in session.runs  # they did share a batch
+
+
+def test_the_event_loop_stays_free_and_time_is_told(start: Callable[..., Engine]) -> None:
+    engine = start(FakeSession(seconds=0.05))
+
+    async def main() -> tuple[int, tuple[Timing, Timing]]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.005)
+                ticks += 1
+
+        ticker = asyncio.create_task(tick())
+        both = await asyncio.gather(ask(engine, 1, 1), ask(engine, 2))
+        ticker.cancel()
+        return ticks, both
+
+    ticks, (two_tiles, one_tile) = asyncio.run(main())
+    assert ticks >= 10
+    assert two_tiles.run_s >= 0.1
+    assert one_tile.run_s >= 0.05
+    assert one_tile.queue_s >= 0.04  # it waited for the other's first tile
+
+
+def test_the_backlog_is_an_estimate_of_the_wait(start: Callable[..., Engine]) -> None:
+    engine = start(FakeSession(seconds=0.02), tile_px=16)
+
+    async def main() -> tuple[float, float]:
+        asks = [asyncio.create_task(ask(engine, n, side=16)) for n in range(1, 21)]
+        await asyncio.sleep(0)
+        estimate, started = engine.backlog_s(), time.monotonic()
+        await asyncio.gather(*asks)
+        return estimate, time.monotonic() - started
+
+    estimate, took = asyncio.run(main())
+    assert took / 2 < estimate < took * 2
+    assert engine.backlog_s() == pytest.approx(0.0, abs=0.03)
+
+
+def test_a_forgotten_model_serves_what_waits_and_nothing_new(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(ask(engine, 1, 1))
+        await until(lambda: len(session.runs) == 1)
+        engine.forget("d")
+        session.gate.set()
+        await waiting
+        with pytest.raises(UnavailableError, match="not loaded"):
+            await ask(engine, 2)
+
+    asyncio.run(main())
+
+
+def test_closing_refuses_what_waits(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(ask(engine, 1, 1, 1))
+        await until(lambda: len(session.runs) == 1)
+        threading.Timer(0.05, session.gate.set).start()
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(UnavailableError, match="going away"):
+            await waiting
+        with pytest.raises(UnavailableError, match="going away"):
+            await ask(engine, 2)
+
+    asyncio.run(main())
+    assert session.runs == [[1]]

@@ -1,0 +1,131 @@
+"""The plan: exact epochs, no repeated image in a micro-batch, O(1) at any position."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayscale.data.degrade import Bicubic
+from rayscale.data.plan import DataSettings, Plan, permute, sample_generator
+from rayscale.errors import ConfigError
+
+SMALL = DataSettings(hr_crop_px=32, micro_batch=2, virtual_shards=3, window_images=4, crops=3, seed=7)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**60))
+@settings(max_examples=50, deadline=None)
+def test_permute_is_a_bijection(n: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+def test_permute_is_uniform_and_keyed() -> None:
+    n, keys = 10, 4000
+    hits = np.zeros((n, n))
+    for key in range(keys):
+        hits[np.arange(n), permute(np.arange(n), n, key)] += 1
+    expected = keys / n
+    assert ((hits - expected) ** 2 / expected).sum() < 150  # chi-square, 81 degrees of freedom: p < 1e-5 above
+    assert not np.array_equal(permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2))
+
+
+@given(st.integers(4, 23), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_shows_every_image_exactly_once_per_crop(n: int, seed: int) -> None:
+    plan = Plan(n, replace(SMALL, seed=seed))
+    epochs = 3
+    shown: dict[tuple[int, int, int], int] = {}
+    windows = -(-epochs * n // (SMALL.window_images * SMALL.virtual_shards)) + 1
+    for w in range(windows):
+        for v in range(SMALL.virtual_shards):
+            window = plan.window(w, v)
+            for row in window.order:
+                images = window.images[row // SMALL.crops]
+                assert len(set(images.tolist())) == SMALL.micro_batch, "two crops of one image in a micro-batch"
+                for entry in row:
+                    slot, crop = divmod(int(entry), SMALL.crops)
+                    key = (int(window.epochs[slot]), int(window.images[slot]), crop)
+                    shown[key] = shown.get(key, 0) + 1
+    expected = {(e, i, c) for e in range(epochs) for i in range(n) for c in range(SMALL.crops)}
+    assert {k for k in shown if k[0] < epochs} == expected
+    assert set(shown.values()) == {1}
+
+
+def test_a_round_visits_every_image_before_the_next_begins() -> None:
+    window = Plan(50, SMALL).window(0, 0)
+    per_round = SMALL.window_images // SMALL.micro_batch
+    for k in range(SMALL.crops):
+        entries = window.order[k * per_round : (k + 1) * per_round].ravel()
+        assert sorted(entries // SMALL.crops) == list(range(SMALL.window_images))
+        assert set(entries % SMALL.crops) == {k}
+
+
+def test_order_differs_between_rounds_epochs_and_seeds() -> None:
+    plan = Plan(12, SMALL)
+    first, again = plan.window(0, 0), plan.window(1, 0)  # one epoch is one window of each shard here
+    assert not np.array_equal(first.images, again.images)
+    assert not np.array_equal(first.images, Plan(12, replace(SMALL, seed=8)).window(0, 0).images)
+    rounds = [first.order[i : i + 2] // SMALL.crops for i in (0, 2, 4)]
+    assert not (np.array_equal(rounds[0], rounds[1]) and np.array_equal(rounds[1], rounds[2]))
+
+
+def test_any_position_is_as_cheap_as_the_first() -> None:
+    settings_ = replace(SMALL, micro_batch=8, window_images=64, crops=4, virtual_shards=16)
+    plan = Plan(1_000_000, settings_)
+
+    def cost(w: int) -> float:
+        best = float("inf")
+        for _ in range(3):
+            begin = time.process_time()
+            for i in range(10):
+                plan.window(w + i, 3)
+            best = min(best, time.process_time() - begin)
+        return best
+
+    near, far = cost(0), cost(10**9 // settings_.global_batch)
+    assert far < 5 * near + 0.01
+
+
+def test_samples_draw_from_their_identity() -> None:
+    def draws(*key: int) -> list[int]:
+        return sample_generator(*key).integers(0, 2**62, 4).tolist()
+
+    assert draws(1, 2, 3, 4) == draws(1, 2, 3, 4)
+    others = [draws(0, 2, 3, 4), draws(1, 0, 3, 4), draws(1, 2, 0, 4), draws(1, 2, 3, 0)]
+    assert draws(1, 2, 3, 4) not in others
+    assert len({tuple(d) for d in others}) == 4
+
+
+def test_digest_tells_apart_what_changes_the_sequence() -> None:
+    base = Plan(50, SMALL)
+    variants = [
+        Plan(51, SMALL),
+        *(Plan(50, replace(SMALL, **change)) for change in (
+            {"seed": 8}, {"crops": 2}, {"virtual_shards": 4}, {"hr_crop_px": 64}, {"flips": False},
+            {"degradation": (Bicubic(scale=4),)}, {"degradation": (Bicubic(scale=2, border="mirror"),)},
+        )),
+    ]  # fmt: skip
+    digests = {p.digest("photos") for p in [base, *variants]} | {base.digest("other photos")}
+    assert len(digests) == len(variants) + 2
+    assert base.digest("photos") == Plan(50, replace(SMALL)).digest("photos")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"micro_batch": 0}, "data.micro_batch"),
+        ({"window_images": 3}, "data.window_images"),
+        ({"window_images": 2}, "data.window_images"),
+        ({"hr_crop_px": 33}, "data.hr_crop_px"),
+    ],
+)
+def test_wrong_settings_are_named(change: dict[str, int], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        replace(SMALL, **change)
+
+
+def test_fewer_images_than_a_window_are_refused_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"data\.window_images=4: .*this split has 3; pack more photos"):
+        Plan(3, SMALL)

@@ -1,0 +1,92 @@
+"""A sample is a pure function of its identity, and its lr is what cutting the degraded photo gives."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayscale.data.degrade import Bicubic, apply
+from rayscale.data.plan import DataSettings, Plan, sample_generator
+from rayscale.data.sample import check_sizes, cut_pair, render_window
+from rayscale.data.shards import open_split
+from rayscale.errors import ConfigError
+
+SETTINGS = DataSettings(hr_crop_px=24, flips=False, micro_batch=2, virtual_shards=2, window_images=4, crops=2)
+
+
+@given(
+    scale=st.sampled_from([2, 3, 4]), height=st.integers(24, 60), width=st.integers(24, 60), seed=st.integers(0, 999)
+)
+@settings(max_examples=60, deadline=None)
+def test_lr_equals_the_crop_of_the_degraded_photo(scale: int, height: int, width: int, seed: int) -> None:
+    photo = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    chain = (Bicubic(scale=scale),)
+    lr, hr = cut_pair(photo, replace(SETTINGS, degradation=chain), sample_generator(1, 0, 0, seed))
+    modulo = photo[: height // scale * scale, : width // scale * scale]
+    whole, _ = apply(chain, modulo, np.random.default_rng(0))
+    side = 24 // scale
+    places = [
+        (y, x)
+        for y in range(whole.shape[0] - side + 1)
+        for x in range(whole.shape[1] - side + 1)
+        if np.array_equal(modulo[y * scale : y * scale + 24, x * scale : x * scale + 24], hr)
+    ]
+    assert len(places) == 1, "hr is a crop on the lr grid"
+    y, x = places[0]
+    assert np.array_equal(whole[y : y + side, x : x + side], lr)
+
+
+def test_degrading_the_bare_crop_would_not_be_the_same() -> None:
+    """Negative control of the test above: without the margin, borders differ."""
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    lr, hr = cut_pair(photo, SETTINGS, sample_generator(1, 0, 0, 0))
+    bare, _ = apply(SETTINGS.degradation, np.ascontiguousarray(hr), np.random.default_rng(0))
+    assert not np.array_equal(bare, lr)
+    assert np.array_equal(bare[2:-2, 2:-2], lr[2:-2, 2:-2])
+
+
+def test_flips_turn_both_halves_of_the_pair_alike() -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    seen = set()
+    for crop in range(64):
+        straight = cut_pair(photo, SETTINGS, sample_generator(0, 0, 0, crop))
+        turned = cut_pair(photo, replace(SETTINGS, flips=True), sample_generator(0, 0, 0, crop))
+        found = [
+            (turns, mirror)
+            for turns in range(4)
+            for mirror in (1, -1)
+            if all(np.array_equal(np.rot90(a[:, ::mirror], turns), b) for a, b in zip(straight, turned, strict=True))
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) == 8, "all quarter turns and mirrorings happen"
+
+
+def test_rows_of_a_window_do_not_depend_on_where_one_starts(dataset: str) -> None:
+    photos = open_split(dataset, "train")
+    plan = Plan(len(photos), SETTINGS)
+    whole = list(render_window(photos, plan, 3, 1, 0, plan.rows))
+    assert [b.step for b in whole] == list(range(3 * plan.rows, 4 * plan.rows))
+    for first in range(plan.rows):
+        for last in range(first + 1, plan.rows + 1):
+            part = list(render_window(photos, plan, 3, 1, first, last))
+            assert [b.sha256 for b in part] == [b.sha256 for b in whole[first:last]]
+    assert len({b.sha256 for b in whole}) == plan.rows
+    assert all(b.sha256 == b.checksum() for b in whole)
+
+
+def test_a_seed_is_another_sequence(dataset: str) -> None:
+    photos = open_split(dataset, "train")
+    first, other = (
+        next(render_window(photos, Plan(len(photos), replace(SETTINGS, seed=seed)), 0, 0, 0, 1)) for seed in (0, 1)
+    )
+    assert first.sha256 != other.sha256
+
+
+def test_a_crop_larger_than_the_smallest_photo_is_refused(dataset: str) -> None:
+    photos = open_split(dataset, "train")
+    check_sizes(photos, replace(SETTINGS, hr_crop_px=96))
+    with pytest.raises(ConfigError, match=r"data\.hr_crop_px=98: exceeds the smallest photo.*--min-side 98"):
+        check_sizes(photos, replace(SETTINGS, hr_crop_px=98))
