@@ -37,7 +37,7 @@ from rayscale.errors import (
     UnavailableError,
 )
 from rayscale.observe import log
-from rayscale.storage import check_free, os_errors
+from rayscale.storage import TEMPORARY, check_free, os_errors
 
 F32 = NDArray[np.float32]
 Device = Literal["cpu", "cuda", "auto"]
@@ -167,7 +167,7 @@ def write(folder: str | Path, model: bytes | Path, card: ModelCard, golden_input
     files = {MODEL: data, GOLDEN: _pack_golden(golden_input, outputs), CARD: contract.dumps(card).encode()}
     digest = _digest(files)
     check_free(folder, sum(map(len, files.values())), f"artifact {folder.name}")
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
+    partial = folder.parent / f"{TEMPORARY}{folder.name}-{uuid.uuid4().hex[:12]}"
     try:
         with os_errors(folder):
             partial.mkdir(parents=True)

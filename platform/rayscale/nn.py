@@ -22,7 +22,7 @@ def ema_of(net: nn.Module) -> nn.Module:
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, *, halflife_images: float, images: int) -> None:
     """Move `target` toward `source` by the share that `images` are of the half-life. Buffers are copied."""
-    weight = 1.0 - 0.5 ** (images / halflife_images)
+    weight = 1.0 - 0.5 ** (images / max(halflife_images, 1e-9))
     ours, theirs = list(target.parameters()), list(unwrap(source).parameters())
     torch._foreach_lerp_([p.data for p in ours], [p.data for p in theirs], weight)
     for mine, other in zip(target.buffers(), unwrap(source).buffers(), strict=True):

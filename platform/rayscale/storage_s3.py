@@ -188,7 +188,7 @@ def _final(error: Exception, uri: str) -> RayscaleError | None:
         if code in _DENIED or status in (401, 403):
             rule = f"access to {uri} was refused ({code}: {error.response.get('Error', {}).get('Message', '')})"
             return ConfigError("AWS_ACCESS_KEY_ID", key_id, rule, "check the credentials and what they may do")
-        if code in _PASSING or status == 429 or (status >= 500 and status != 507):
+        if code in _PASSING or status == 429 or (status >= 500 and status not in (501, 507)):
             return None
         if status == 404:
             return MissingError("object", uri, "there is no such object", "check the address")

@@ -52,11 +52,16 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
-    """`target` follows `source` (both keys of `Task.build`) after each of the turn's steps."""
+    """`target` follows `source` (both keys of `Task.build`) after each of the turn's steps.
+
+    The half-life grows with the run up to `halflife_images`, so the random start is soon forgotten
+    (Karras et al., EDM2, arXiv:2312.02696).
+    """
 
     source: str
     target: str
     halflife_images: float = 4000.0
+    rampup: float = 0.05  # half-life / images seen, while that is below halflife_images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 # Read by MLflow while it is imported: no usage reports to third parties, no logging set-up of its own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -55,6 +55,7 @@ FINISH_PATIENCE_S = 60.0
 _METRIC_NAME = re.compile(r"^[\w\-. :/]{1,250}$")
 _CAUSE = re.compile(r"\[Errno[^\]]*\][^'\")]*|timed out|certificate verify failed[^'\")]*")
 _KNOWN_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND")
+_ABSENT = re.compile(r"\b404\b|NoSuchKey|NoSuchBucket")  # stores behind MLflow say it in prose
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 
 for _chatter, _level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
@@ -295,8 +296,8 @@ class Tracker:
                 _log_bytes(self.client, self.run_id, data, path)
                 self._files.popleft()
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """Send the rest and close the run. Never raises for a server that is away: the work itself is done."""
+    def finish(self, status: str = "FINISHED") -> None:
+        """Send the rest and close the run (FINISHED, FAILED, KILLED). A server that is away raises nothing."""
         if self._monitor is not None:
             self._monitor.finish()
         deadline = time.monotonic() + (FINISH_PATIENCE_S if status == "FINISHED" else 0.0)
@@ -334,9 +335,15 @@ def artifact_uri(client: MlflowClient, run_id: str, artifact_path: str) -> str:
 
 
 def download(tracking_uri: str, uri: str, folder: Path) -> Path:
-    """A local copy, in `folder`, of what lies at an artifact URI."""
+    """A local copy, in `folder`, of what lies at an artifact URI. Raises: MissingError, UnavailableError."""
     folder.mkdir(parents=True)
-    return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=tracking_uri))
+    with answering(tracking_uri):
+        try:
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=tracking_uri))
+        except (MlflowException, OSError) as error:
+            if not isinstance(error, FileNotFoundError) and not _ABSENT.search(str(error)):
+                raise
+            raise MissingError("artifact", uri, "is not there", "restore the artifact store") from None
 
 
 def error_code(error: Exception) -> str:

@@ -99,9 +99,10 @@ def test_shrinking_by_2_3_and_4_equals_the_literal_one(
 
 
 def test_exact_halves_occur_and_go_up() -> None:
-    for side, target, has_halves in ((32, 16, True), (36, 12, False), (32, 8, True)):
+    for side, target, has_halves in ((32, 16, True), (36, 12, False), (32, 8, True), (36, 6, True), (20, 18, True)):
         picture = noise(side, side) // 128 * 128  # makes halves common where they are possible
         result = resize_bicubic(picture, target, target, border="replicate")
+        np.testing.assert_array_equal(result, imresize_literal(picture, target, target, "replicate"))
         halves_down = imresize_literal(picture, target, target, "replicate", half=HALF - Fraction(1, 10**12))
         assert np.array_equal(result, halves_down) is not has_halves, f"{side} -> {target}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from rayscale import artifact, imaging
 from rayscale.contract import ModelCard
 from rayscale.errors import TooLargeError, UnavailableError

@@ -85,6 +85,7 @@ def training_data(render: Render, memory_budget: int = MEMORY_BUDGET) -> ray.dat
     context.target_min_block_size = 1  # never merge blocks
     context.target_max_block_size = 2 * BLOCK_BYTES_MAX  # never cut one
     context.enable_progress_bars = False  # the training run shows its own
+    context.print_on_execution_start = False
     return dataset
 
 

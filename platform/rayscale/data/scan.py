@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -143,7 +144,8 @@ def scan(
         chunk = entries[start : start + SCAN_CHUNK]
         kept = f"scan/{fingerprint(chunk, settings)}.json"
         if cache is not None and cache.exists(kept):
-            yield from (Photo(*row) if len(row) > 2 else Rejected(*row) for row in json.loads(cache.read(kept)))
+            rows = json.loads(cache.read(kept))
+            yield from (Photo(*row) if len(row) > 2 else Rejected(*row) for row in rows)
             continue
         found: list[Photo | Rejected] = []
         for result in pool.map(lambda entry: look(store, entry, settings.accepted, decoding), chunk):
@@ -208,7 +210,8 @@ def hash_splits(digests: Sequence[str], validation: float, test: float) -> tuple
     """(sha256 hex -> split, notes). A photo's split depends on its content alone, so it stays as others come and go.
 
     Read as a fraction, a digest below `validation` is validation, below `validation + test` test, the rest train.
-    A wanted split that came out empty is given the photo nearest to its range; train is never emptied for it.
+    A wanted split that came out empty is given the photo nearest to its range, of a split that has another one;
+    train, which must not be empty, takes it of any.
     """
     ranges = {
         "validation": (0.0, validation),
@@ -227,8 +230,9 @@ def hash_splits(digests: Sequence[str], validation: float, test: float) -> tuple
         low, high = ranges[split]
         if low == high or split in splits.values():
             continue
-        donors = list(splits) if split == "train" else [d for d, s in splits.items() if s == "train"]
-        if len(donors) < (1 if split == "train" else 2):
+        sizes = Counter(splits.values())
+        donors = [d for d, s in splits.items() if sizes[s] > 1] or [d for d in splits if split == "train"]
+        if not donors:
             notes.append(f"split {split} is empty: too few photos")
             continue
         nearest = min(donors, key=lambda d: (distance(d, split), d))

@@ -36,7 +36,7 @@ from rayscale.data.scan import (
     num_cpus,
     scan,
 )
-from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError, nearest
+from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError, RayscaleError, nearest
 from rayscale.observe import log
 from rayscale.storage import Store, check_free, join, open_store
 
@@ -226,10 +226,13 @@ def _sweep(out: Store, manifest: Manifest) -> None:
     """Remove what earlier, unfinished runs left in a dataset that is now complete."""
     ours = re.compile(r"scan/.*|(train|validation|test)-\d{6,}-[0-9a-f]{16}\.tar|index-[0-9a-f]{16}\.parquet")
     keep = {shard.name for shard in manifest.shards} | {manifest.index_name}
-    for entry in out.list():
-        if ours.fullmatch(entry.key) and entry.key not in keep:
-            out.delete(entry.key)
-    out.sweep()
+    try:
+        for entry in out.list():
+            if ours.fullmatch(entry.key) and entry.key not in keep:
+                out.delete(entry.key)
+        out.sweep()
+    except RayscaleError as error:  # the dataset is whole without it; many may write but not delete
+        log.warning("leftovers of packing stay under %s: %s", out.uri, error)
 
 
 def _report(manifest: Manifest, left_out: Mapping[str, Any], *, notes: tuple[str, ...], existed: bool) -> PackReport:

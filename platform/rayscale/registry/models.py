@@ -101,7 +101,9 @@ class Registry:
             )
         if tracker is not None:
             tracker.finish()
-        return _version(made)
+        version = _version(made)
+        log.info("published %s (%s)", version, digest[:12])
+        return version
 
     def _with_digest(self, name: str, digest: str) -> Version | None:
         found = [v for v in self._search(name) if v.digest == digest]
@@ -141,9 +143,7 @@ class Registry:
 
     def alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version. Raises: MissingError, ConfigError for a reserved name."""
-        if not _ALIAS.match(alias):
-            raise ConfigError("--alias", alias, "must be letters, digits and _-, not `latest` or `v1`",
-                              f"e.g. {CHAMPION}")  # fmt: skip
+        check_alias(alias)
         self.resolve(f"{name}:{version}")
         with answering(self.uri):
             self.client.set_registered_model_alias(name, alias, str(version))
@@ -207,8 +207,7 @@ class Registry:
         found = ""
         for attempt in range(FETCH_ATTEMPTS):
             try:
-                with answering(self.uri):
-                    fetched = download(self.uri, version.uri, scratch / str(attempt))
+                fetched = download(self.uri, version.uri, scratch / str(attempt))
                 found = digest_of(fetched)
             except MissingError:
                 raise MissingError("artifact", version.uri, f"{version} has no artifact there any more",
@@ -220,6 +219,13 @@ class Registry:
             log.warning("%s came with digest %s instead of %s", version, found[:12], version.digest[:12])
         rule = f"{version} is {version.digest[:12]}, these bytes are {found[:12]}"
         raise IntegrityError("artifact", version.uri, rule, "the artifact store was changed: publish it again")
+
+
+def check_alias(alias: str) -> None:
+    """Raises: ConfigError for a name that MLflow reserves or refuses."""
+    if not _ALIAS.match(alias):
+        rule = "must be letters, digits and _-, not `latest` or `v1`"
+        raise ConfigError("--alias", alias, rule, f"e.g. {CHAMPION}")
 
 
 def _parse(reference: str) -> tuple[str, str, str]:

@@ -172,7 +172,7 @@ class GatewayReplica:
         self._task: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._gateway, self._lifespan)
+        return create_app(self._gateway, self._lifespan, behind_ray=True)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

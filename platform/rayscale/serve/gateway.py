@@ -282,10 +282,10 @@ _HEADERS = {
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def create_app(gateway: Gateway, lifespan: Lifespan | None = None) -> FastAPI:
-    """The ASGI application around a gateway."""
+def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray: bool = False) -> FastAPI:
+    """The ASGI application around a gateway. `behind_ray`: Ray Serve's proxy is in front of it."""
     app = FastAPI(title="Rayscale", version=__version__, description=DESCRIPTION, redoc_url=None, lifespan=lifespan)
-    problems.install(app, gateway.meters)
+    problems.install(app, gateway.meters, behind_ray=behind_ray)
 
     @app.post(
         "/v1/upscale",

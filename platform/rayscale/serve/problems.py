@@ -51,12 +51,15 @@ class BusyError(UnavailableError):
         self.retry_after_s = retry_after_s
 
 
-def install(app: FastAPI, meters: Meters) -> None:
-    """Make `app` answer every error as a problem, and count what it answers."""
+def install(app: FastAPI, meters: Meters, *, behind_ray: bool) -> None:
+    """Make `app` answer every error as a problem, and count what it answers.
+
+    `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's.
+    """
     app.add_exception_handler(RayscaleError, _on_ours)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_middleware(_Envelope, meters=meters)
+    app.add_middleware(_Envelope, meters=meters, behind_ray=behind_ray)
 
 
 def problem(
@@ -124,15 +127,15 @@ def _internal(request: Request, error: Exception) -> Response:
 class _Envelope:
     """Around every request, errors included: the request id in and out, the status and the time into the metrics."""
 
-    def __init__(self, app: ASGIApp, meters: Meters) -> None:
-        self.app, self.meters = app, meters
+    def __init__(self, app: ASGIApp, meters: Meters, behind_ray: bool) -> None:
+        self.app, self.meters, self.behind_ray = app, meters, behind_ray
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if self.behind_ray or _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         scope["rayscale.request_id"] = request_id
         started, status = time.monotonic(), CLIENT_GONE
 
@@ -140,7 +143,8 @@ class _Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                if not self.behind_ray:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:

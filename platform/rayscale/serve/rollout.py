@@ -86,6 +86,7 @@ class Desired:
 
     routes: Mapping[str, Release] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()  # of every registered model
 
 
 class Rollout:
@@ -101,7 +102,10 @@ class Rollout:
         self._replicas: dict[str, tuple[float, Report]] = {}
 
     def desire(self, desired: Desired, now: float) -> None:
-        """The registry's word. A route that it no longer has is closed, one that cannot be followed stays."""
+        """The registry's word. A route whose alias was deleted is closed, one that cannot be followed stays.
+
+        One whose model is gone altogether stays too: more likely a database was lost than a service given up.
+        """
         self._desired = desired
         self._settle(now)
 
@@ -117,8 +121,11 @@ class Rollout:
 
     def held(self) -> dict[str, str]:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
+        if self._desired is None:
+            return {}
         waiting = {route: self._why(release) for route, release in self._pending().items()}
-        return waiting | dict(self._desired.refused if self._desired else {})
+        lost = [route for route in self.table.routes if route.partition("@")[0] not in self._desired.names]
+        return dict.fromkeys(lost, "the model is gone from the registry") | waiting | dict(self._desired.refused)
 
     def _pending(self) -> dict[str, Release]:
         desired = self._desired.routes if self._desired else {}
@@ -145,7 +152,7 @@ class Rollout:
         self._replicas = {k: (seen, r) for k, (seen, r) in self._replicas.items() if now - seen < self.stale_s}
         if self._desired is None:
             return
-        followed = {*self._desired.routes, *self._desired.refused}
+        followed = {*self._desired.routes, *self.held()}
         routes = {route: shares for route, shares in self.table.routes.items() if route in followed}
         moved = {}
         if self._replicas and now >= self._publish_from:
@@ -183,10 +190,11 @@ def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
     """
     routes: dict[str, Release] = {}
     refused: dict[str, str] = {}
+    registered = registry.names()
     for pattern in models:
         name_pattern, _, alias = route_of(pattern).partition("@")
         is_pattern = any(c in name_pattern for c in "*?[")
-        names = fnmatch.filter(registry.names(), name_pattern) if is_pattern else [name_pattern]
+        names = fnmatch.filter(registered, name_pattern) if is_pattern else [name_pattern]
         for name in names:
             route = f"{name}@{alias}"
             try:
@@ -197,7 +205,7 @@ def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
                 refused[route] = str(error)
                 continue
             routes[route] = Release(name=v.name, version=v.version, digest=v.digest, uri=v.uri)
-    return Desired(routes=routes, refused=refused)
+    return Desired(routes=routes, refused=refused, names=frozenset(registered))
 
 
 def read_table(store: Store, key: str) -> Table:

@@ -197,12 +197,9 @@ def fit(
                 meter.add({f"grad_norm/{turn.name}": norm}, norm, 1.0 / world_size)
             optimizer.step()
             for ema in turn.ema:
-                ema_update(
-                    state.nets[ema.target],
-                    state.nets[ema.source],
-                    halflife_images=ema.halflife_images,
-                    images=global_batch,
-                )
+                halflife = min(ema.halflife_images, ema.rampup * seen)
+                source, target = state.nets[ema.source], state.nets[ema.target]
+                ema_update(target, source, halflife_images=halflife, images=global_batch)
         state.seen_batches += [(b.step, b.shard, b.sha256.hex()) for b in given if b.weight > 0]
         state.step += 1
         meter.steps += 1

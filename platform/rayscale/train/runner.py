@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import ray
 import ray.train
+import ray.train.collective
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -24,7 +26,7 @@ from rayscale.data.pairs import PlanDataConfig, check_block, steps
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import check_sizes
 from rayscale.data.shards import Photos
-from rayscale.errors import ConfigError, RayscaleError, ResourceError
+from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError
 from rayscale.imaging import U8
 from rayscale.observe import Progress, log, setup_logging
 from rayscale.storage import join, ray_filesystem, upload_dir
@@ -154,6 +156,8 @@ def train(job: Job) -> dict[str, Any]:
         result = trainer.fit()
     except Exception as error:
         raise (_cause(error) or error) from None
+    if isinstance(result.return_value, RayscaleError):
+        raise result.return_value
     checkpoint.write_run(dataclasses.replace(job.record, status="finished"))
     return dict(result.metrics or {})
 
@@ -174,9 +178,10 @@ def _cause(error: BaseException | None) -> RayscaleError | None:
     return None
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One rank: choose the position, ask for the data, go on."""
+def _worker(config: dict[str, Any]) -> RayscaleError | None:
+    """One rank: choose the position, ask for the data, go on. Returns what no new start would mend."""
     setup_logging()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -214,8 +219,11 @@ def _worker(config: dict[str, Any]) -> None:
             device=device,
             hooks=hooks,
         )
+    except DivergedError as error:  # on every rank: the same start would diverge again
+        return error
     finally:
         hooks.close()
+    return None
 
 
 class _Hooks:

@@ -1,0 +1,155 @@
+"""`rayscale publish`, `jobs/publish.py`: a run's checkpoint to a scored, immutable version in the registry."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rayscale import export, recipes
+from rayscale.artifact import Device, digest_of
+from rayscale.cli.scoring import device_of, means, score_artifact, score_baseline
+from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
+from rayscale.errors import ConfigError, nearest
+from rayscale.evaluate import Suite, compare
+from rayscale.observe import log
+from rayscale.recipes import Recipe
+from rayscale.registry.models import Registry, Version
+from rayscale.storage import open_store
+from rayscale.train.checkpoint import CheckpointInfo, RunRecord, load_nets, open_run, select
+from rayscale.train.identity import differences
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One shipped function, exported and scored: ready to become a version."""
+
+    name: str
+    folder: Path
+    card: ModelCard
+    scores: Mapping[str, Scores]  # "model" and "baseline"; empty where nothing can be scored
+
+
+def publish(
+    run: Annotated[str, typer.Argument(help="URI of the run: what `train` printed as run_uri")],
+    name: Annotated[str, typer.Option(help="Name of the model in the registry, e.g. photos-x2")],
+    which: Annotated[str, typer.Option(help="Checkpoint: best or last; by default as the recipe says")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the model; no gate lets one pass without")] = "",
+    photos: Annotated[str, typer.Option(help="Dataset to score on; by default the run's own")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto: where it is scored")] = "cpu",
+) -> dict[str, Any]:
+    """Export a run's checkpoint to ONNX, score the artifact on the held-out test split, and register a version.
+
+    Nothing is registered before every check passed. The same checkpoint again is the same version again.
+    Which alias follows it is decided by `promote`.
+    """
+    where = device_of(device)
+    record = open_run(run)
+    recipe = _recipe(record)
+    if which not in ("", "best", "last"):
+        raise ConfigError("--which", which, "must be best or last", nearest(which, ("best", "last")))
+    if record.status != "finished":
+        log.warning("run %s is not finished: publishing what it has so far", record.name)
+    if not licence.strip():
+        log.warning("no --licence: the gate will hold this version back")
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri
+    registry = Registry(tracking_uri)  # before the work: where MLflow is away, say so now
+    ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
+    checkpoint = select(run, ship, recipe.run.best_metric)
+    suite = Suite(open_store(photos or record.manifest).uri, "test", recipe.data.degradation)
+    run_id = record.mlflow_run_id if tracking_uri == record.tracking_uri else ""
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), suite, where, Path(scratch))
+        results = [_register(registry, one, run_id, suite, recipe, checkpoint) for one in prepared]
+    main = next(result for result in results if result["model"] == name)
+    return {**main, "checkpoint": checkpoint.uri, "also": [r for r in results if r is not main]}
+
+
+def _recipe(record: RunRecord) -> Recipe:
+    """The recipe of the run as it is today. Raises: ConfigError where that is another one."""
+    recipe = recipes.load(record.recipe, record.overrides)
+    now = recipes.resolved(recipe)
+    if digest(now) != record.recipe_digest:
+        edits = "; ".join(differences(record.resolved, now)) or "its digest differs"
+        raise ConfigError("recipe", record.recipe, f"was edited since the run: {edits}",
+                          "undo the edit, or go on with `train --rebase`")  # fmt: skip
+    return recipe
+
+
+def _prepare(
+    recipe: Recipe,
+    record: RunRecord,
+    checkpoint: CheckpointInfo,
+    name: str,
+    licence: str,
+    suite: Suite,
+    device: Device,
+    scratch: Path,
+) -> list[Prepared]:
+    lineage = Lineage(
+        recipe=" ".join((record.recipe, *record.overrides)),
+        recipe_digest=record.recipe_digest,
+        manifest=record.manifest,
+        manifest_digest=record.manifest_digest,
+        code_version=record.code_version,
+        run_id=record.mlflow_run_id,
+        images_seen=checkpoint.images_seen,
+    )
+    modules = recipe.task.shipped(load_nets(checkpoint, recipe.task))
+    prepared = []
+    for function, module in modules.items():
+        full_name = f"{name}.{function}" if function else name
+        spec = recipe.task.specs[function]
+        card = ModelCard(family=recipe.task.family, spec=spec, licence=licence, lineage=lineage)
+        log.info("exporting %s after %d images", full_name, checkpoint.images_seen)
+        folder = scratch / full_name
+        card = export.to_onnx(module, card, folder)
+        scores = _score(folder, suite, device) if _scorable(spec) else {}
+        prepared.append(Prepared(full_name, folder, card, scores))
+    return prepared
+
+
+def _scorable(spec: Spec) -> bool:
+    return spec.kind == "transform" and len(spec.inputs) == 1
+
+
+def _score(folder: Path, suite: Suite, device: Device) -> dict[str, Scores]:
+    scores = {
+        "baseline": score_baseline(suite),
+        "model": score_artifact(folder, digest_of(folder), suite, device).scores,
+    }
+    log.info("held-out photos:\n%s", compare(scores))
+    return scores
+
+
+def _register(
+    registry: Registry, one: Prepared, run_id: str, suite: Suite, recipe: Recipe, checkpoint: CheckpointInfo
+) -> dict[str, Any]:
+    figures: dict[str, float] = {}
+    tags = {"images_seen": str(checkpoint.images_seen), "gate": dumps(recipe.gate)}
+    if one.scores:
+        figures = means(one.scores["model"]) | means(one.scores["baseline"], "baseline_")
+        # With these `promote` scores candidate and champion anew, on one suite.
+        tags |= {"suite": dumps(suite), "suite_digest": suite.digest}
+        tags |= {key: f"{value:.4f}" for key, value in figures.items()}
+    texts = {f"scores-{which}.json": dumps(scores) for which, scores in one.scores.items()}
+    version = registry.publish(one.name, one.folder, run_id=run_id or None, tags=tags, texts=texts)
+    return _result(version, one, figures)
+
+
+def _result(version: Version, one: Prepared, figures: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "model": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "uri": version.uri,
+        "run_id": version.run_id,
+        "parity_max_abs": one.card.parity_max_abs,
+        "images": len(one.scores["model"].keys) if one.scores else 0,
+        **figures,
+    }

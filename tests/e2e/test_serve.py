@@ -1,0 +1,277 @@
+"""A real Ray Serve application from the YAML that is shipped, over a real registry: exact, and swapped seamlessly."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from rayscale.errors import ConfigError
+from rayscale.registry.models import Registry, Version
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
+small = runpy.run_path(str(ROOT / "tests" / "small_onnx.py"))
+U8 = NDArray[np.uint8]
+
+# Every answer again, by nothing of ours: argv = model, then pairs of sent and served PNGs; prints one bool a pair.
+INDEPENDENT = """
+import sys, numpy as np, onnxruntime as ort
+from PIL import Image
+model, *pairs = sys.argv[1:]
+session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+for sent, served in zip(pairs[::2], pairs[1::2]):
+    x = np.asarray(Image.open(sent)).astype(np.float32) / np.float32(255)
+    y = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})[0][0].transpose(1, 2, 0)
+    print(np.array_equal(np.rint(np.clip(y, 0, 1) * np.float32(255)).astype(np.uint8), np.asarray(Image.open(served))))
+assert not any(name.startswith("rayscale") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_one_that_serve_takes(path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from rayscale.serve.app import AppArgs, GatewayDeployment, RolloutDeployment
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    for application in config.applications:
+        assert application.import_path == "rayscale.serve.app:build"
+        AppArgs.model_validate(application.args)
+        named = {d.name for d in application.deployments}
+        assert named == {GatewayDeployment.name, RolloutDeployment.name}
+
+
+def test_a_wrong_argument_is_one_line() -> None:
+    from rayscale.serve.app import AppArgs
+
+    with pytest.raises(ConfigError) as unknown:
+        AppArgs.model_validate({"modles": ["x"]})
+    assert str(unknown.value) == "args.modles=['x']: no such argument; did you mean 'models'?"
+    for wrong in ({"timeout_s": 0}, {"device": "tpu"}, {"models": []}, {"max_bytes": "many"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))) as error:
+            AppArgs.model_validate(wrong)
+        assert "\n" not in str(error.value)
+
+
+# --- one application for the tests below
+
+
+@dataclasses.dataclass
+class Served:
+    """The running application, its registry and the two versions that were published before it started."""
+
+    url: str
+    registry: Registry
+    folder: Path
+    versions: list[Version]
+
+    def publish(self, seed: int) -> Version:
+        artifact = self.folder / f"artifact-{seed}"
+        small["write"](artifact, seed)
+        return self.registry.publish("photos", artifact)
+
+    def promote(self, version: Version) -> None:
+        self.registry.alias("photos", "champion", version.version)
+
+    def upscale(self, pixels: U8) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/upscale", content=png(pixels), timeout=30)
+
+    def wait_for(self, digest: str) -> None:
+        until(lambda: self.upscale(photo(16, 16)).headers.get("x-rayscale-digest") == digest)
+
+
+def photo(height: int, width: int, seed: int = 0) -> U8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(pixels: U8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The shipped local.yaml with a port, a registry and folders of its own, started by Ray's own command."""
+    from ray import serve
+
+    folder = tmp_path_factory.mktemp("serve")
+    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    config = yaml.safe_load((ROOT / "serve_configs" / "local.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"] |= {
+        "tracking_uri": tracking_uri,
+        "state_uri": str(folder / "state"),
+        "cache_dir": str(folder / "cache"),
+        "whole_max_px": 64 * 64,
+        "tile_px": 48,
+    }
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    app = Served(f"http://127.0.0.1:{port}", Registry(tracking_uri), folder, [])
+    app.versions = [app.publish(0), app.publish(1)]
+    app.promote(app.versions[0])
+    command = [
+        sys.executable,
+        "-m",
+        "ray.serve.scripts",
+        "run",
+        "--non-blocking",
+        "--address",
+        ray_cluster,
+        "serve.yaml",
+    ]
+    try:
+        with (folder / "serve.log").open("wb") as log:
+            subprocess.run(command, cwd=folder, env=os.environ, check=True, timeout=120, stdout=log, stderr=log)
+        until(lambda: answers(app.url), 120)
+        yield app
+    finally:
+        serve.shutdown()
+
+
+@pytest.mark.ray
+def test_what_is_served_is_what_the_model_says(served: Served, tmp_path: Path) -> None:
+    served.promote(served.versions[0])
+    served.wait_for(served.versions[0].digest)
+    arguments = []
+    for index, (height, width, tiling) in enumerate([(33, 57, "whole"), (150, 97, "tiled 12"), (1, 300, "whole")]):
+        sent, got = tmp_path / f"sent{index}.png", tmp_path / f"got{index}.png"
+        pixels = photo(height, width, index)
+        sent.write_bytes(png(pixels))
+        response = served.upscale(pixels)
+        assert response.status_code == 200, response.text
+        assert response.headers.get_list("x-rayscale-tiling") == [tiling]
+        assert len(response.headers.get_list("x-request-id")) == 1
+        got.write_bytes(response.content)
+        arguments += [str(sent), str(got)]
+
+    def judge(seed: int) -> list[str]:
+        model = served.folder / f"artifact-{seed}" / "model.onnx"
+        command = [sys.executable, "-c", INDEPENDENT, str(model), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+
+    assert judge(0) == ["True"] * 3
+    assert judge(1) == ["False"] * 3  # the other version's answers would be seen
+
+
+@pytest.mark.ray
+def test_errors_are_problems_through_ray_serve_too(served: Served) -> None:
+    for method, path, body, status in (
+        ("POST", "/v1/upscale", b"no picture", 415),
+        ("POST", "/v1/upscale?model=other", b"", 404),
+        ("GET", "/nowhere", b"", 404),
+        ("DELETE", "/v1/models", b"", 405),
+    ):
+        response = httpx.request(method, served.url + path, content=body, headers={"X-Request-Id": "mine"})
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.headers.get_list("x-request-id") == ["mine"]
+        assert response.json()["request_id"] == "mine"
+
+
+@pytest.mark.ray
+def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served: Served) -> None:
+    old, new = served.versions
+    served.promote(old)
+    served.wait_for(old.digest)
+    pixels = photo(90, 70)
+    seen: list[tuple[int, str, bytes]] = []
+    stop = threading.Event()
+
+    def load() -> None:  # about 10 requests a second, one after the other
+        with httpx.Client(timeout=30) as client:
+            while not stop.is_set():
+                response = client.post(f"{served.url}/v1/upscale", content=png(pixels))
+                seen.append((response.status_code, response.headers.get("x-rayscale-digest", ""), response.content))
+                stop.wait(0.05)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for version in (new, old, new):  # a promotion, a rollback, a promotion
+            served.promote(version)
+            until(lambda digest=version.digest: bool(seen) and seen[-1][1] == digest)  # type: ignore[misc]
+            time.sleep(0.5)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {status for status, _, _ in seen} == {200}
+    assert len(seen) > 20
+    pictures = {(digest, content) for _, digest, content in seen}
+    assert len(pictures) == 2  # one picture per version, whenever it was asked for
+    assert {digest for digest, _ in pictures} == {old.digest, new.digest}
+
+
+@pytest.mark.ray
+def test_a_corrupt_artifact_is_refused_while_the_old_version_serves(served: Served) -> None:
+    good = served.versions[1]
+    served.promote(good)
+    served.wait_for(good.digest)
+    bad = served.publish(2)
+    model = Path(bad.uri.removeprefix("file://")) / "model.onnx"
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    served.promote(bad)
+
+    def held() -> str:
+        found: dict[str, str] = httpx.get(f"{served.url}/v1/models").json()["held"]
+        return found.get("photos@champion", "")
+
+    until(lambda: "is refused" in held())
+    assert bad.digest in held()
+    assert served.upscale(photo(16, 16)).headers["x-rayscale-digest"] == good.digest
+    served.promote(served.versions[0])  # the way out: move the alias on
+    served.wait_for(served.versions[0].digest)
+    until(lambda: held() == "")
+
+
+@pytest.mark.ray
+def test_serving_goes_on_without_the_rollout_and_follows_again(served: Served) -> None:
+    import ray
+
+    old, new = served.versions
+    served.promote(old)
+    served.wait_for(old.digest)
+    generation = httpx.get(f"{served.url}/v1/models").json()["generation"]
+    name = next(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if "#Rollout#" in a["name"])
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    assert served.upscale(photo(16, 16)).headers["x-rayscale-digest"] == old.digest
+    served.promote(new)
+    served.wait_for(new.digest)
+    assert httpx.get(f"{served.url}/v1/models").json()["generation"] == generation + 1  # the kept table went on

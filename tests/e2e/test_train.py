@@ -1,0 +1,206 @@
+"""Training through Ray: the same global batches on any number of workers, and through a SIGKILL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from rayscale import recipes
+from rayscale.cli.train import train
+from rayscale.data.plan import Plan
+from rayscale.data.sample import render_window
+from rayscale.data.shards import open_split
+from rayscale.errors import ConfigError, DivergedError, ResourceError
+from rayscale.train import checkpoint
+from rayscale.train.checkpoint import open_run, read_position
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+RECIPE = "rayscale.recipes.compact:tiny"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(dataset: str, storage: Path, workers: int, name: str, *settings: str) -> dict[str, Any]:
+    return train(
+        recipe=RECIPE, data=dataset, settings=["run.keep_checkpoints=99", *settings], name=name, storage=str(storage),
+        workers=workers, cpus_per_worker=0.5, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: str, storage: Path) -> dict[str, Any]:
+    return run(dataset, storage, 2, "undisturbed")
+
+
+def nets_of(run_uri: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(checkpoint.select(run_uri, "last").uri) / "nets.safetensors")
+
+
+def gradient_norms(result: dict[str, Any]) -> dict[int, float]:
+    """Images seen -> mean norm of the gradient, as MLflow has it."""
+    history = MlflowClient(result["tracking_uri"]).get_metric_history(result["mlflow_run_id"], "grad_norm/g")
+    return {m.step: m.value for m in history}
+
+
+@pytest.fixture(scope="module")
+def chains(dataset: str) -> dict[int, str]:
+    """Images seen -> the chain, computed here from the plan alone, without Ray, workers or checkpoints."""
+    recipe = recipes.load(RECIPE)
+    photos = open_split(dataset, "train")
+    plan = Plan(len(photos), recipe.data)
+    chain, found = "", {}
+    for w in range(-(-recipe.run.total_steps(recipe.data.global_batch) // plan.rows)):
+        rows = zip(*(render_window(photos, plan, w, v, 0, plan.rows) for v in range(4)), strict=True)
+        for r, row in enumerate(rows):
+            for batch in row:
+                chain = hashlib.sha256((chain + batch.sha256.hex()).encode()).hexdigest()
+            found[(w * plan.rows + r + 1) * recipe.data.global_batch] = chain
+    return found
+
+
+def test_two_workers_consume_the_planned_sequence(undisturbed: dict[str, Any], chains: dict[int, str]) -> None:
+    assert undisturbed["images_seen"] == 512
+    found = {c.images_seen: c.chain for c in checkpoint.checkpoints(undisturbed["run_uri"])}
+    assert found == {i: chains[i] for i in (128, 256, 384, 512)}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_other_numbers_of_workers_consume_the_same_one(
+    dataset: str, storage: Path, undisturbed: dict[str, Any], workers: int
+) -> None:
+    """3 does not divide the 4 micro-batches: spare ones of weight 0 fill up, and the weights stay right."""
+    other = run(dataset, storage, workers, f"on-{workers}")
+    assert other["chain"] == undisturbed["chain"]
+    # Equal but for the order of the sums in all-reduce; a spare one that weighed anything would scale the gradient.
+    assert gradient_norms(other)[64] == pytest.approx(gradient_norms(undisturbed)[64], rel=1e-4)
+    ours, theirs = (torch.cat([t.flatten() for t in nets_of(r["run_uri"]).values()]) for r in (other, undisturbed))
+    assert torch.linalg.norm(ours - theirs) < 1e-3 * torch.linalg.norm(theirs)
+
+
+def test_another_seed_is_another_sequence(dataset: str, storage: Path, undisturbed: dict[str, Any]) -> None:
+    """Negative control of the chain, and of the run's end on a number of images that no interval divides."""
+    other = run(dataset, storage, 1, "seed-1", "data.seed=1", "run.total_images=130")
+    assert other["images_seen"] == 136
+    first = {c.images_seen: c.chain for c in checkpoint.checkpoints(other["run_uri"])}
+    assert first[128] != {c.images_seen: c.chain for c in checkpoint.checkpoints(undisturbed["run_uri"])}[128]
+
+
+def train_workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def killer(storage: Path) -> Iterator[list[int]]:
+    """SIGKILLs one train worker once two checkpoints of the run "killed" are committed, between two of them."""
+    killed: list[int] = []
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            committed = list((storage / "killed").glob("checkpoint_*/checkpoint.json"))
+            if len(committed) == 2 and (workers := train_workers()):
+                time.sleep(0.3)  # into the steps after it
+                killed.append(workers[-1].pid)
+                os.kill(workers[-1].pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield killed
+    thread.join()
+
+
+def test_a_killed_worker_costs_nothing(
+    dataset: str, storage: Path, undisturbed: dict[str, Any], chains: dict[int, str], killer: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from rayscale.tasks.compact import Compact
+
+    loss = Compact.loss
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:  # leaves time between two checkpoints to be killed in
+        time.sleep(0.03)
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(Compact, "loss", slowly)
+    result = run(dataset, storage, 2, "killed")
+    assert len(killer) == 1, "the worker was killed"
+    starts = read_position(result["run_uri"]).starts
+    assert len(starts) == 2, "two attempts"
+    assert (starts[0].step, starts[1].world_size) == (0, 2)
+    assert 32 <= starts[1].step < 64, "it went on from a committed checkpoint, not from the beginning"
+    assert result["chain"] == undisturbed["chain"] == chains[512]  # each (step, micro-batch) once, in order
+    ours, theirs = nets_of(result["run_uri"]), nets_of(undisturbed["run_uri"])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "bitwise where the undisturbed run ended"
+    images = [c.images_seen for c in checkpoint.checkpoints(result["run_uri"])]
+    assert sorted(set(images)) == [128, 256, 384, 512]
+
+
+def test_metrics_of_a_replayed_step_are_logged_once(storage: Path, undisturbed: dict[str, Any]) -> None:
+    record = open_run(str(storage / "killed"))
+    client = MlflowClient(record.tracking_uri)
+    steps = [m.step for m in client.get_metric_history(record.mlflow_run_id, "loss/l1")]
+    assert steps == sorted(set(steps)) == list(range(64, 513, 64))
+    mlflow_run = client.get_run(record.mlflow_run_id)
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.params["task.features"] == "8"
+    assert mlflow_run.inputs.dataset_inputs
+    files = {f.path for f in client.list_artifacts(record.mlflow_run_id)}
+    assert {"recipe.json", "samples"} <= files
+
+
+def test_a_finished_run_says_so_and_an_edited_one_is_refused(
+    dataset: str, storage: Path, undisturbed: dict[str, Any]
+) -> None:
+    again = run(dataset, storage, 2, "undisturbed")
+    assert again["mlflow_run_id"] == undisturbed["mlflow_run_id"]
+    assert len(read_position(undisturbed["run_uri"]).starts) == 1
+    with pytest.raises(ConfigError, match=r"task\.features: 8 -> 9.*--rebase"):
+        run(dataset, storage, 2, "undisturbed", "task.features=9")
+
+
+def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage: Path) -> None:
+    with pytest.raises(DivergedError, match=r"lower task\.optimizer\.learning_rate"):
+        run(dataset, storage, 1, "diverged", "task.optimizer.learning_rate=1e30", "task.clip_norm=none")
+    assert len(read_position(str(storage / "diverged")).starts) == 1, "not tried again"
+
+
+def test_a_group_that_leaves_ray_data_no_cpu_is_refused_with_the_sum(dataset: str, storage: Path) -> None:
+    with pytest.raises(ResourceError, match=r"--workers=4: x 1 CPUs = 4, and Ray Data needs 1 more: the cluster has 4"):
+        train(recipe=RECIPE, data=dataset, storage=str(storage), name="greedy", workers=4, cpus_per_worker=1.0)
+    assert not (storage / "greedy/position.json").exists()
+
+
+def test_too_many_workers_and_a_wrong_scale_are_refused_before_anything_starts(dataset: str, storage: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--workers=5: .*data\.virtual_shards=4"):
+        run(dataset, storage, 5, "crowd")
+    with pytest.raises(ConfigError, match=r"data\.degradation=scale 2: the model's scale is 3"):
+        run(dataset, storage, 1, "scale", "task.scale=3")
+    assert not (storage / "crowd").exists()
+    assert not (storage / "scale").exists()
+
+
+def test_best_needs_something_to_be_scored_on(photo_folder: Path, tmp_path: Path) -> None:
+    from rayscale.data.shards import PackSettings, pack
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/train").symlink_to(photo_folder / "train")
+    pack(str(tmp_path / "photos"), str(tmp_path / "out"), PackSettings(split="folder", min_side=64))
+    with pytest.raises(ConfigError, match=r"run\.ship=best: needs a validation split"):
+        train(recipe=RECIPE, data=str(tmp_path / "out"), storage=str(tmp_path / "runs"))

@@ -1,0 +1,527 @@
+"""The HTTP face in-process: exact bytes, limits before cost, one shape for every error, and no torch anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import runpy
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from starlette.exceptions import HTTPException
+
+from rayscale import imaging
+from rayscale.errors import IntegrityError
+from rayscale.imaging import Limits
+from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.gateway import Gateway, GatewaySettings, create_app, negotiate
+from rayscale.serve.rollout import Release, Table
+
+small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
+U8 = NDArray[np.uint8]
+ROUTE = "photos@champion"
+
+# Reads a PNG and an artifact's model with nothing of ours, and prints whether the other PNG is what the model says.
+INDEPENDENT = """
+import sys, numpy as np, onnxruntime as ort
+from PIL import Image
+model, sent, served = sys.argv[1:]
+x = np.asarray(Image.open(sent)).astype(np.float32) / np.float32(255)
+session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+y = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})[0][0].transpose(1, 2, 0)
+want = np.rint(np.clip(y, 0, 1) * np.float32(255)).astype(np.uint8)
+assert not any(name.startswith("rayscale") for name in sys.modules)
+print(np.array_equal(want, np.asarray(Image.open(served))))
+"""
+
+
+class FakeMeters:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float, dict[str, str]]] = []
+
+    def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
+        self.seen.append((name, value, labels))
+
+
+class FakeRouting:
+    """A table that was adopted already."""
+
+    def __init__(self, *releases: Release) -> None:
+        self.table = Table(
+            generation=1,
+            routes={f"{r.name}@champion": ((r.digest, 1.0),) for r in releases},
+            versions={r.digest: r for r in releases},
+        )
+        self.held: Mapping[str, str] = {}
+        self.reason = ""
+
+
+class Service:
+    """A gateway over a real engine and a real artifact, and a client of it."""
+
+    def __init__(self, folder: Path, digest: str, **settings: Any) -> None:
+        self.release = Release(name="photos", version=3, digest=digest, uri=str(folder))
+        self.engine = Engine(EngineSettings(threads=1, tile_px=48, whole_max_px=64 * 64))
+        self.engine.prepare(digest, folder)
+        self.routing, self.meters = FakeRouting(self.release), FakeMeters()
+        self.gateway = Gateway(GatewaySettings(**settings), self.engine, self.routing, self.meters)
+        self.app = create_app(self.gateway)
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
+
+    def ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        async def main() -> httpx.Response:
+            async with self.client() as client:
+                return await client.request(method, path, **kwargs)
+
+        return asyncio.run(main())
+
+    def upscale(self, content: Any, model: str = "", **headers: str) -> httpx.Response:
+        params = {"model": model} if model else {}
+        return self.ask("POST", "/v1/upscale", content=content, params=params, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "a"
+    small["write"](folder)
+    return folder
+
+
+@pytest.fixture
+def make(artifact_folder: Path) -> Iterator[Callable[..., Service]]:
+    made: list[Service] = []
+
+    def begin(folder: Path = artifact_folder, **settings: Any) -> Service:
+        from rayscale.artifact import digest_of
+
+        made.append(Service(folder, digest_of(folder), **settings))
+        return made[-1]
+
+    yield begin
+    for service in made:
+        service.gateway.close()
+
+
+@pytest.fixture
+def service(make: Callable[..., Service]) -> Service:
+    return make()
+
+
+def photo(height: int = 40, width: int = 52, seed: int = 0) -> U8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(pixels: NDArray[Any]) -> bytes:
+    order = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
+    return bytes(cv2.imencode(".png", order)[1])
+
+
+def decoded(data: bytes) -> U8:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def is_problem(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    """The response is a complete problem of this status, in one line that says these words."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["status"] == status
+    assert body["type"].startswith("urn:rayscale:problem:")
+    assert body["title"]
+    assert body["instance"].startswith("/")
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert "\n" not in body["detail"]
+    assert "Traceback" not in response.text
+    for word in words:
+        assert word in body["detail"], body["detail"]
+    return body
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize(("height", "width", "tiling"), [(40, 52, "whole"), (131, 97, "tiled 9")])
+def test_the_png_is_what_an_untiled_run_of_the_model_says(
+    service: Service, artifact_folder: Path, tmp_path: Path, height: int, width: int, tiling: str
+) -> None:
+    sent, served = tmp_path / "sent.png", tmp_path / "served.png"
+    sent.write_bytes(png(photo(height, width)))
+    response = service.upscale(sent.read_bytes())
+    assert response.status_code == 200, response.text
+    assert response.headers["x-rayscale-tiling"] == tiling
+    served.write_bytes(response.content)
+
+    def judge(model: Path) -> str:
+        command = [sys.executable, "-c", INDEPENDENT, str(model), str(sent), str(served)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
+
+    assert judge(artifact_folder / "model.onnx") == "True"
+    (tmp_path / "other.onnx").write_bytes(small["model_bytes"](1))
+    assert judge(tmp_path / "other.onnx") == "False"  # the judge can tell
+
+
+def test_the_answer_says_how_it_was_made(service: Service) -> None:
+    response = service.upscale(png(photo()), model="photos", **{"X-Request-Id": "mine-7"})
+    headers = response.headers
+    assert headers["content-type"] == "image/png"
+    assert headers["x-request-id"] == "mine-7"
+    assert headers["x-rayscale-model"] == "photos:3"
+    assert headers["x-rayscale-digest"] == service.release.digest
+    assert headers["x-rayscale-provider"] == "CPUExecutionProvider"
+    spans = dict(part.strip().split(";dur=") for part in headers["server-timing"].split(","))
+    assert set(spans) == {"decode", "queue", "infer", "encode"}
+    assert all(float(ms) >= 0 for ms in spans.values())
+
+
+def test_jpeg_and_webp_in_and_out_and_exif_orientation(service: Service) -> None:
+    picture = Image.fromarray(cv2.resize(photo(5, 8), (64, 40), interpolation=cv2.INTER_CUBIC))
+    exif = Image.Exif()
+    exif[274] = 6  # turned: 64x40 as stored, 40x64 as seen
+    stored = io.BytesIO()
+    picture.save(stored, "JPEG", quality=95, exif=exif)
+    upright = np.asarray(Image.open(stored).transpose(Image.Transpose.ROTATE_270))
+    reference = decoded(service.upscale(stored.getvalue()).content)
+    assert reference.shape == (128, 80, 3)
+    np.testing.assert_array_equal(reference, decoded(service.upscale(png(upright)).content))
+    for media, magic in (("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")):
+        response = service.upscale(stored.getvalue(), Accept=f"image/{media}")
+        assert response.headers["content-type"] == f"image/{media}"
+        assert response.content.startswith(magic)
+        assert response.content == imaging.encode(reference, media, 95)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("accept", "media"),
+    [
+        ("", "png"), ("*/*", "png"), ("image/*", "png"), ("image/webp", "webp"), ("IMAGE/JPEG", "jpeg"),
+        ("image/jpeg, image/png", "png"), ("image/png;q=0.5, image/jpeg", "jpeg"),
+        ("image/png;q=0.1, image/*;q=0.2", "jpeg"), ("image/webp;q=0.9, */*;q=0.1", "webp"),
+        ("image/png;q=0, */*", "jpeg"), ("image/jpeg;q=x, image/webp;q=0.3", "webp"),
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "png"),
+    ],
+)  # fmt: skip
+def test_the_format_is_negotiated(accept: str, media: str) -> None:
+    assert negotiate(accept) == media
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "image/*;q=0, text/*"])
+def test_a_format_that_is_not_written_is_refused(service: Service, accept: str) -> None:
+    with pytest.raises(HTTPException):
+        negotiate(accept)
+    is_problem(service.upscale(png(photo()), Accept=accept), 406, "image/png", "image/webp")
+
+
+def test_a_hundred_requests_at_once_get_their_own_pictures(service: Service) -> None:
+    bodies = [png(photo(20 + i % 60, 70 - i % 50, seed=i)) for i in range(40)]
+    serial = [service.upscale(body).content for body in bodies]
+
+    async def all_at_once() -> list[bytes]:
+        async with service.client() as client:
+
+            async def one(index: int) -> bytes:
+                task = asyncio.ensure_future(client.post("/v1/upscale", content=bodies[index % 40]))
+                if index % 5 == 4:  # a client that hangs up
+                    await asyncio.sleep(0.01)
+                    task.cancel()
+                    return b""
+                return (await task).content
+
+            return await asyncio.gather(*(one(i) for i in range(100)), return_exceptions=True)  # type: ignore[return-value]
+
+    answers = asyncio.run(all_at_once())
+    kept = [(i, a) for i, a in enumerate(answers) if i % 5 != 4]
+    assert len(kept) == 80
+    assert all(answer == serial[i % 40] for i, answer in kept)
+    assert len(set(serial)) == 40  # distinct pictures: a mix-up would be seen
+
+
+# --- refusals
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A header that declares a huge picture, and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_unusable_bodies_are_refused_by_name(service: Service) -> None:
+    whole = png(photo())
+    gif = io.BytesIO()
+    Image.fromarray(photo()).save(gif, "GIF")
+    animated = io.BytesIO()
+    frames = [Image.fromarray(photo(seed=i)) for i in range(3)]
+    frames[0].save(animated, "WEBP", save_all=True, append_images=frames[1:])
+    is_problem(service.upscale(b""), 422, "0 bytes")
+    is_problem(service.upscale(b"hello, I am no picture"), 415, "not read")
+    is_problem(service.upscale(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), 415, "SVG")
+    is_problem(service.upscale(gif.getvalue()), 415, "GIF")
+    is_problem(service.upscale(whole[: len(whole) // 2]), 422, "truncated or damaged")
+    is_problem(service.upscale(png(photo()[..., 0].astype(np.uint16) * 257)), 422, "16 bits")
+    is_problem(service.upscale(png(np.dstack([photo(), photo()[..., :1]]))), 422, "alpha")
+    is_problem(service.upscale(animated.getvalue()), 422, "3 frames")
+    is_problem(service.upscale(whole, **{"Content-Type": "multipart/form-data; boundary=x"}), 415, "--data-binary")
+    is_problem(service.upscale(whole, **{"Content-Type": "application/json"}), 415, "Content-Type")
+    is_problem(service.upscale(whole, **{"Content-Encoding": "gzip"}), 415, "Content-Encoding")
+    assert service.upscale(whole, **{"Content-Type": "application/x-www-form-urlencoded"}).status_code == 200  # curl
+
+
+def test_a_huge_declared_picture_costs_nothing(service: Service) -> None:
+    started = time.process_time()
+    is_problem(service.upscale(huge_png(60_000, 1_000)), 413, "60000x1000")
+    is_problem(service.upscale(huge_png(30_000, 30_000)), 413, "30000x30000")
+    assert time.process_time() - started < 0.2
+
+
+def test_a_declared_length_is_refused_before_the_body_is_read(make: Callable[..., Service]) -> None:
+    service = make(limits=Limits(max_bytes=1000))
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield b"x" * 100
+
+    declared = {"Content-Length": "123456789"}
+    is_problem(service.ask("POST", "/v1/upscale", content=body(), headers=declared), 413, "123456789 bytes")
+    assert read == 0
+    is_problem(service.ask("POST", "/v1/upscale", content=body()), 413, "1100 bytes")  # endless, not declared
+    assert read == 11
+
+
+def test_output_and_time_are_limited_too(make: Callable[..., Service]) -> None:
+    service = make(max_output_pixels=4 * 40 * 52 - 1)
+    is_problem(service.upscale(png(photo())), 413, "104x80", "output")
+    assert service.upscale(png(photo(40, 51))).status_code == 200
+    is_problem(make(timeout_s=1e-9).upscale(png(photo())), 413, "takes about")
+
+
+def test_what_would_miss_its_deadline_is_refused_with_a_time_to_come_back(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.engine, "backlog_s", lambda: 75.4)
+    response = service.upscale(png(photo()))
+    is_problem(response, 503, "backlog 75.4 s")
+    assert int(response.headers["retry-after"]) == 16  # 75.4 s of work, 60 s of patience
+
+
+def test_models_and_parameters_that_do_not_exist(service: Service) -> None:
+    body = is_problem(service.upscale(b"x", model="photo"), 404, "did you mean 'photos@champion'?")
+    assert body["field"] == "model"
+    is_problem(service.upscale(b"x", model="photos@beta"), 404)
+    is_problem(service.ask("POST", "/v1/upscale?modle=photos", content=b"x"), 422, "modle", "/docs")
+    is_problem(service.ask("GET", "/nowhere"), 404, "/docs")
+    wrong = service.ask("GET", "/v1/upscale")
+    is_problem(wrong, 405, "GET")
+    assert wrong.headers["allow"] == "POST"
+
+
+def test_several_models_need_a_name_or_a_default(make: Callable[..., Service]) -> None:
+    service = make()
+    other = Release(name="faces", version=1, digest=service.release.digest, uri="")
+    service.routing.table = FakeRouting(service.release, other).table
+    is_problem(service.upscale(png(photo())), 400, "faces@champion", "photos@champion")
+    service = make(default_model="photos")
+    service.routing.table = FakeRouting(service.release, other).table
+    assert service.upscale(png(photo())).status_code == 200
+
+
+def test_a_model_of_another_kind_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = service.engine.session(service.release.digest)
+    monkeypatch.setattr(session, "card", small["card"](kind="embed"))
+    is_problem(service.upscale(png(photo())), 404, "embed", "transform")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret /path"), IntegrityError("digest", "secret", "x", "y")])
+def test_what_is_ours_to_mend_tells_an_id_and_no_more(
+    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(service.gateway, "_decode", fail)
+    response = service.upscale(png(photo()), **{"X-Request-Id": "abc"})
+    is_problem(response, 500, "abc")
+    assert "secret" not in response.text
+
+
+def test_hostile_request_ids_are_replaced(service: Service) -> None:
+    for given in ("a b", "x" * 129, "<script>"):
+        made = service.ask("GET", "/livez", headers={"X-Request-Id": given}).headers["x-request-id"]
+        assert made != given
+        assert len(made) == 32
+
+
+# --- readiness, models, metrics, pages
+
+
+def test_not_ready_says_why(service: Service) -> None:
+    assert service.ask("GET", "/readyz").status_code == 200
+    service.routing.reason = "preparing photos:3"
+    for response in (service.ask("GET", "/readyz"), service.upscale(png(photo()))):
+        is_problem(response, 503, "preparing photos:3")
+        assert int(response.headers["retry-after"]) >= 1
+    assert service.ask("GET", "/livez").status_code == 200
+
+
+def test_models_lists_what_serves_what_is_warm_and_what_is_held(service: Service) -> None:
+    warm = Release(name="photos", version=2, digest="w" * 64, uri="")
+    table = service.routing.table
+    service.routing.table = Table(generation=4, routes=table.routes, versions={**table.versions, warm.digest: warm})
+    service.routing.held = {ROUTE: "photos:4 is refused: golden is off"}
+    answer = service.ask("GET", "/v1/models").json()
+    assert answer["generation"] == 4
+    assert answer["default"] == ROUTE
+    assert answer["held"] == {ROUTE: "photos:4 is refused: golden is off"}
+    first, second = answer["models"]
+    assert (first["version"], first["aliases"], first["ready"]) == (3, ["champion"], True)
+    assert (first["scale"], first["kind"], first["family"], first["digest"]) == (
+        2, "transform", "small", service.release.digest,
+    )  # fmt: skip
+    assert (second["version"], second["aliases"], second["ready"]) == (2, [], False)
+
+
+def test_requests_are_counted_by_route_model_and_status(service: Service) -> None:
+    service.upscale(png(photo(131, 97)))
+    service.upscale(b"no picture")
+    service.ask("GET", "/nowhere")
+    counted = [labels for name, _, labels in service.meters.seen if name == "rayscale_requests_total"]
+    assert counted == [
+        {"route": "/v1/upscale", "model": "photos", "status": "200"},
+        {"route": "/v1/upscale", "model": "photos", "status": "415"},
+        {"route": "(none)", "model": "", "status": "404"},
+    ]
+    assert ("rayscale_tiles_total", 9, {"model": "photos"}) in service.meters.seen
+
+
+def test_a_client_that_hangs_up_stops_its_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = []
+
+    async def slow(*_: object, **__: object) -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    monkeypatch.setattr(service.gateway, "upscale", slow)
+    messages = [{"type": "http.request", "body": b"x"}, {"type": "http.disconnect"}]
+
+    async def main() -> None:
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0.01)
+            return messages.pop(0)
+
+        async def send(message: dict[str, Any]) -> None:
+            pass
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "method": "POST", "path": "/v1/upscale", "query_string": b"",
+            "headers": [], "http_version": "1.1", "scheme": "http", "server": ("t", 80), "root_path": "",
+        }  # fmt: skip
+        async with asyncio.timeout(5):
+            await service.app(scope, receive, send)  # type: ignore[arg-type]
+            while not cancelled:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert service.meters.seen[-2][2]["status"] == "499"
+
+
+def test_the_openapi_page_tells_the_whole_route(service: Service) -> None:
+    page = service.ask("GET", "/openapi.json").json()
+    route = page["paths"]["/v1/upscale"]["post"]
+    assert set(route["responses"]["200"]["content"]) == {"image/png", "image/jpeg", "image/webp"}
+    assert "X-Rayscale-Digest" in route["responses"]["200"]["headers"]
+    assert "image/jpeg" in route["requestBody"]["content"]
+    for status in ("404", "406", "413", "415", "422", "503"):
+        assert list(route["responses"][status]["content"]) == ["application/problem+json"]
+    assert {p["name"] for p in route["parameters"]} == {"model", "accept"}
+    assert "curl" in page["info"]["description"]
+    assert service.ask("GET", "/docs").status_code == 200
+
+
+# --- what serving must not import
+
+BLOCKED = ("torch", "rayscale.tasks", "rayscale.recipes", "rayscale.train", "ray.train", "rayscale.data", "mlflow")
+
+FRESH_PROCESS = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == b or name.startswith(b + ".") for b in {blocked!r}):
+            raise ImportError("blocked: " + name)
+        return None
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import torch
+except ImportError as error:
+    print("control:", error)  # the blocker works
+
+import asyncio, io, json
+from pathlib import Path
+import httpx, numpy as np
+from PIL import Image
+import rayscale.serve.app  # the whole of serving, Ray Serve's shell included
+from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.gateway import Gateway, GatewaySettings, create_app
+from rayscale.serve.rollout import Release, Table
+
+folder, digest = sys.argv[1:]
+release = Release(name="photos", version=1, digest=digest, uri=folder)
+
+class Routing:
+    table = Table(generation=1, routes={{"photos@champion": ((digest, 1.0),)}}, versions={{digest: release}})
+    held, reason = {{}}, ""
+
+class Meters:
+    def add(self, *args, **labels): pass
+
+async def main():
+    engine = Engine(EngineSettings())
+    engine.prepare(digest, Path(folder))
+    app = create_app(Gateway(GatewaySettings(), engine, Routing(), Meters()))
+    body = io.BytesIO()
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(body, "PNG")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        response = await client.post("/v1/upscale", content=body.getvalue())
+    print("answer:", response.status_code, Image.open(io.BytesIO(response.content)).size)
+    print("imported:", [b for b in {blocked!r} if b in sys.modules])
+
+asyncio.run(main())
+"""
+
+
+def test_serving_answers_where_torch_tasks_and_training_are_absent(artifact_folder: Path) -> None:
+    from rayscale.artifact import digest_of
+
+    source = Path(__file__).parents[2] / "platform"
+    program = f"import sys; sys.path.insert(0, {str(source)!r})\n" + FRESH_PROCESS.format(blocked=BLOCKED)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(artifact_folder), digest_of(artifact_folder)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["control: blocked: torch", "answer: 200 (40, 60)", "imported: []"]

@@ -1,0 +1,383 @@
+"""The routing table follows the aliases: prepared everywhere first, published once, the version before kept warm."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayscale import contract, storage
+from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
+from rayscale.serve import follower as follower_module
+from rayscale.serve import rollout as rollout_module
+from rayscale.serve.follower import Follower, fetch
+from rayscale.serve.rollout import Desired, Orders, Release, Report, Rollout, Table, read_desired, read_table
+
+
+def release(version: int, name: str = "photos") -> Release:
+    return Release(name=name, version=version, digest=f"{name}-{version}", uri=f"/store/{name}/{version}")
+
+
+def desired(*releases: Release, **refused: str) -> Desired:
+    routes = {f"{r.name}@champion": r for r in releases}
+    refusals = {f"{name}@champion": why for name, why in refused.items()}
+    return Desired(routes=routes, refused=refusals, names=frozenset({"photos", "faces"}))
+
+
+def report(replica: str, *prepared: Release, **more: Any) -> Report:
+    return Report(replica=replica, prepared=frozenset(r.digest for r in prepared), **more)
+
+
+ONE, TWO, THREE, OTHER = release(1), release(2), release(3), release(1, "faces")
+ROUTE = "photos@champion"
+
+
+def serving_one() -> Rollout:
+    """Two replicas, "a" and "b", that serve version 1."""
+    state = Rollout(now=0.0, stale_s=5.0)
+    state.desire(desired(ONE), 0.0)
+    for replica in ("a", "b"):
+        state.sync(report(replica, ONE), 0.0)
+    assert state.table.routes == {ROUTE: ((ONE.digest, 1.0),)}
+    return state
+
+
+# --- the state machine
+
+
+def test_a_new_digest_is_published_when_every_live_replica_has_prepared_it() -> None:
+    state = serving_one()
+    generation = state.table.generation
+    state.desire(desired(TWO), 1.0)
+    orders = state.sync(report("a", ONE), 1.0)
+    assert orders.prepare == (ONE, TWO)  # what is served comes first
+    assert "0 of 2 replicas" in orders.held[ROUTE]
+    assert state.sync(report("a", ONE, TWO), 2.0).table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    orders = state.sync(report("b", ONE, TWO), 2.1)
+    assert orders.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
+    assert orders.table.generation == generation + 1
+    assert orders.held == {}
+    assert orders.prepare == (TWO, ONE)  # the champion before is warm
+
+
+def test_rolling_back_needs_no_preparation() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    for replica in ("a", "b"):
+        state.sync(report(replica, ONE, TWO), 1.0)
+    state.desire(desired(ONE), 2.0)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    assert set(state.table.versions) == {ONE.digest, TWO.digest}
+
+
+def test_only_one_version_before_stays_warm() -> None:
+    state = serving_one()
+    for moment, version in ((1.0, TWO), (2.0, THREE)):
+        state.desire(desired(version), moment)
+        for replica in ("a", "b"):
+            state.sync(report(replica, ONE, TWO, THREE), moment)
+    assert set(state.table.versions) == {TWO.digest, THREE.digest}
+
+
+def test_a_failed_preparation_keeps_the_old_version_and_says_why() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    state.sync(report("a", ONE, TWO), 1.0)
+    orders = state.sync(report("b", ONE, failed={TWO.digest: "golden is off by 0.3"}), 1.0)
+    assert orders.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    assert orders.held[ROUTE] == "photos:2 is refused: golden is off by 0.3"
+    assert TWO.digest not in orders.table.versions
+
+
+def test_a_silent_replica_holds_nothing_up_and_a_live_one_does() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    state.sync(report("a", ONE, TWO), 4.9)  # b, last heard at 0.0, still counts
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    state.sync(report("a", ONE, TWO), 5.0)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
+def test_a_target_that_moves_on_is_dropped() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    state.desire(desired(THREE), 1.5)
+    assert state.sync(report("a", ONE), 2.0).prepare == (ONE, THREE)
+
+
+def test_a_deleted_alias_closes_its_route_and_an_unusable_one_keeps_it() -> None:
+    state = serving_one()
+    state.desire(desired(photos="was not published by rayscale"), 1.0)
+    assert ROUTE in state.table.routes
+    assert state.held() == {ROUTE: "was not published by rayscale"}
+    state.desire(Desired(), 2.0)  # an empty registry: rather lost than meant
+    assert ROUTE in state.table.routes
+    assert "gone from the registry" in state.held()[ROUTE]
+    state.desire(desired(), 3.0)
+    assert state.table.routes == {}
+
+
+def test_nothing_moves_while_the_registry_has_not_answered() -> None:
+    kept = serving_one().table
+    state = Rollout(kept, now=100.0)  # started again, MLflow away
+    orders = state.sync(report("new"), 100.0)
+    assert (orders.table, orders.prepare) == (kept, (ONE,))
+
+
+def test_a_restarted_rollout_waits_for_the_replicas_of_its_previous_life() -> None:
+    state = Rollout(serving_one().table, now=100.0, stale_s=5.0)
+    state.desire(desired(TWO), 100.0)
+    state.sync(report("a", ONE, TWO), 100.1)  # b has not been heard yet
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    state.sync(report("b", ONE), 103.0)
+    state.sync(report("a", ONE, TWO), 105.1)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    state.sync(report("b", ONE, TWO), 105.2)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
+def test_a_lost_table_comes_back_from_the_replicas() -> None:
+    table = serving_one().table
+    state = Rollout(now=100.0)
+    assert state.sync(report("a", ONE, table=table), 100.0).table == table
+
+
+def test_models_move_independently() -> None:
+    state = serving_one()
+    state.desire(desired(TWO, OTHER), 1.0)
+    for replica in ("a", "b"):
+        state.sync(report(replica, ONE, OTHER), 1.0)
+    assert state.table.routes == {ROUTE: ((ONE.digest, 1.0),), "faces@champion": ((OTHER.digest, 1.0),)}
+
+
+# --- the table
+
+
+def test_a_route_with_two_weights_draws_from_both() -> None:
+    table = Table(
+        routes={ROUTE: ((ONE.digest, 0.9), (TWO.digest, 0.1))}, versions={r.digest: r for r in (ONE, TWO)}
+    )  # a canary
+    assert [table.pick(ROUTE, draw) for draw in (0.0, 0.89, 0.91, 0.999999)] == [ONE, ONE, TWO, TWO]
+    with pytest.raises(MissingError, match="did you mean 'photos@champion'"):
+        table.pick("photo@champion", 0.0)
+
+
+def test_the_table_survives_a_restart(tmp_path: Path) -> None:
+    store = storage.open_store(tmp_path / "state")
+    assert read_table(store, "table.json") == Table()
+    table = serving_one().table
+    rollout_module.write_table(store, "table.json", table)
+    assert read_table(store, "table.json") == table
+    newer = contract.dumps(table).replace('"schema": 1', '"schema": 2')
+    store.write("table.json", newer.encode())
+    with pytest.raises(ConfigError, match="upgrade"):
+        read_table(store, "table.json")
+
+
+# --- the registry
+
+
+@dataclass
+class FakeRegistry:
+    """Reference -> release, or the error that resolving it raises."""
+
+    known: dict[str, Release | Exception]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({reference.partition("@")[0] for reference in self.known}))
+
+    def resolve(self, reference: str) -> Release:
+        match self.known.get(reference):
+            case Release() as found:
+                return found
+            case Exception() as error:
+                raise error
+        raise MissingError("alias", reference, "no such alias", "set it")
+
+
+def test_what_to_serve_is_read_by_name_and_by_pattern() -> None:
+    foreign = ConfigError("model", "x@champion", "has no digest", "publish it")
+    registry = FakeRegistry({ROUTE: ONE, "photos@beta": TWO, "faces@champion": OTHER, "x@champion": foreign})
+    everything = read_desired(registry, ("*@champion", "photos@beta"))  # type: ignore[arg-type]
+    assert everything.routes == {ROUTE: ONE, "faces@champion": OTHER, "photos@beta": TWO}
+    assert "has no digest" in everything.refused["x@champion"]
+    assert read_desired(registry, ("photos",)).routes == {ROUTE: ONE}  # type: ignore[arg-type]
+    assert read_desired(registry, ("absent@champion",)).routes == {}  # type: ignore[arg-type]
+    assert everything.names == {"photos", "faces", "x"}
+
+
+# --- a replica's side
+
+
+class FakeEngine:
+    """Prepares what it is told to, unless a digest is in `broken`."""
+
+    def __init__(self) -> None:
+        self.loaded: set[str] = set()
+        self.broken: dict[str, Exception] = {}
+
+    @property
+    def digests(self) -> frozenset[str]:
+        return frozenset(self.loaded)
+
+    def prepare(self, digest: str, folder: Path) -> None:
+        if digest in self.broken:
+            raise self.broken[digest]
+        self.loaded.add(digest)
+
+    def forget(self, digest: str) -> None:
+        self.loaded.discard(digest)
+
+    def session(self, digest: str) -> FakeEngine:
+        return self
+
+    provider = "Fake"
+
+
+class FakeMeters:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, str]]] = []
+
+    def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
+        self.seen.append((name, labels))
+
+
+class Replica:
+    """A follower on fakes, in step with a rollout whose clock stands still."""
+
+    def __init__(self, state: Rollout, folder: Path, grace_s: float = 0.0) -> None:
+        self.state, self.engine, self.meters, self.away = state, FakeEngine(), FakeMeters(), False
+        self.fetched: list[str] = []
+
+        def fetch(wanted: Release) -> Path:
+            self.fetched.append(wanted.digest)
+            (folder / wanted.digest).mkdir(exist_ok=True)
+            return folder / wanted.digest
+
+        async def sync(said: Report) -> Orders:
+            if self.away:
+                raise UnavailableError("rollout", "away", "does not answer", "wait")
+            return state.sync(said, 0.0)
+
+        self.follower = Follower(
+            "r", self.engine, sync, fetch, ThreadPoolExecutor(1), self.meters, grace_s=grace_s  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    async def steps(self, count: int = 6) -> None:
+        for _ in range(count):
+            await self.follower.step()
+            await asyncio.sleep(0.02)
+
+
+def test_a_replica_is_ready_once_it_has_prepared_its_table(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        replica = Replica(state, tmp_path)
+        assert replica.follower.reason
+        await replica.follower.step()
+        assert "no model is promoted" in replica.follower.reason
+        state.desire(desired(ONE), 0.0)
+        await replica.follower.step()
+        assert "photos:1 is being prepared" in replica.follower.reason
+        await replica.steps()
+        assert replica.follower.reason == ""
+        assert replica.follower.table.pick(ROUTE, 0.0) == ONE
+        assert ("rayscale_model_swaps_total", {"model": "photos", "result": "prepared"}) in replica.meters.seen
+
+    asyncio.run(main())
+
+
+def test_a_replica_keeps_the_old_table_until_it_has_all_of_the_new_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        await replica.steps()
+        old = replica.follower.table
+        state.table = Table(generation=9, routes={ROUTE: ((TWO.digest, 1.0),)}, versions={TWO.digest: TWO})
+        state.desire(desired(TWO), 0.0)  # published behind its back, as when it had been silent
+        await replica.follower.step()
+        assert (replica.follower.table, replica.follower.reason) == (old, "")
+        await replica.steps()
+        assert replica.follower.table.generation == 9
+        assert replica.engine.digests == {TWO.digest}  # the unnamed one was let go
+
+    asyncio.run(main())
+
+
+def test_a_damaged_artifact_is_refused_fetched_anew_and_taken_once_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "RETRY_FIRST_S", 0.05)
+
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        await replica.steps()
+        replica.engine.broken[TWO.digest] = IntegrityError("digest", "x", "expected y", "fetch again")
+        state.desire(desired(TWO), 0.0)
+        await replica.steps(2)
+        await replica.follower.step()
+        assert "expected y" in replica.follower.held[ROUTE]
+        assert replica.follower.table.pick(ROUTE, 0.0) == ONE
+        assert not (tmp_path / TWO.digest).exists()  # the bad copy does not stay in the cache
+        replica.engine.broken.clear()
+        await replica.steps(10)
+        assert replica.follower.table.pick(ROUTE, 0.0) == TWO
+        assert replica.fetched.count(TWO.digest) > 1
+        refused = ("rayscale_model_swaps_total", {"model": "photos", "result": "refused"})
+        assert replica.meters.seen.count(refused) == 1
+
+    asyncio.run(main())
+
+
+def test_a_rollout_that_is_away_changes_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        await replica.steps()
+        replica.away = True
+        task = asyncio.create_task(replica.follower.follow(0.01))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        assert (replica.follower.reason, replica.follower.table) == ("", state.table)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+def test_starting_waits_for_what_there_is_and_for_nothing_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        async with asyncio.timeout(1):
+            await Replica(state, tmp_path).follower.start(wait_s=30, interval_s=0.01)  # nothing is promoted
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        async with asyncio.timeout(1):
+            await replica.follower.start(wait_s=30, interval_s=0.01)
+        assert replica.follower.reason == ""
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[ONE.digest] = IntegrityError("digest", "x", "expected y", "fetch again")
+        async with asyncio.timeout(1):
+            await replica.follower.start(wait_s=0.1, interval_s=0.01)  # then it says why it is not ready
+        assert "expected y" in replica.follower.reason
+
+    asyncio.run(main())
+
+
+def test_an_artifact_is_fetched_once(tmp_path: Path) -> None:
+    source, cache = tmp_path / "store", tmp_path / "cache"
+    source.mkdir()
+    (source / "card.json").write_text("{}")
+    wanted = Release(name="photos", version=1, digest="d" * 64, uri=source.as_uri())
+    folder = fetch(wanted, cache, None)
+    assert (folder / "card.json").read_text() == "{}"
+    (source / "card.json").unlink()
+    assert fetch(wanted, cache, None) == folder
+    assert [p.name for p in cache.iterdir()] == ["d" * 64]
