@@ -92,7 +92,7 @@ class Demo:
             dataset = self.state / "dataset"
             self._job("ingest", photos, dataset, "--split", "folder")
             trained = self._job("train", "--recipe", "rayscale.recipes.compact:demo", "--data", dataset)
-            published = self._job("publish", trained["run_uri"], "--name", MODEL)
+            published = self._job("publish", trained["run_uri"], "--name", MODEL, "--licence", "for show")
             self._job("promote", MODEL)
             with self._serving():
                 result = self._compare(photos / "test")
@@ -217,7 +217,8 @@ class Demo:
                 "served": decode_rgb(answer),
             }
             crop = _detail(truth)
-            rows.append((f"{path.stem}: low resolution", lr[tuple(slice(s.start // 2, s.stop // 2) for s in crop)]))
+            small = tuple(slice(s.start // SCALE, s.stop // SCALE) for s in crop)
+            rows.append((f"{path.stem}: low resolution", lr[small]))
             for name, picture in pictures.items():
                 db = psnr(picture, truth, border_px=SCALE, luma_only=True)
                 similarity = ssim(picture, truth, border_px=SCALE, luma_only=True)
@@ -240,7 +241,8 @@ class Demo:
         mlflow = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", "--host=127.0.0.1", f"--port={mlflow_port}",
              f"--backend-store-uri={self.env['MLFLOW_TRACKING_URI']}"],
-            env=self.env, stdout=(self.state / "mlflow.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+            env=self.env, stdout=(self.state / "mlflow.log").open("w"), stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
         try:
             _wait("MLflow", lambda: _answers(mlflow_port), mlflow, self.state / "mlflow.log")

@@ -38,7 +38,7 @@ METRICS = {
     for m in (
         Metric("rayscale_requests_total", "counter", ("route", "model", "status"), "Finished HTTP requests"),
         Metric("rayscale_request_seconds", "histogram", ("route", "model"), "Time from first byte to answer"),
-        Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a tile waited for its device"),
+        Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a request's tiles waited for their device"),
         Metric("rayscale_tiles_total", "counter", ("model",), "Tiles run by the engine"),
         Metric("rayscale_model_swaps_total", "counter", ("model", "result"), "Versions prepared, or refused"),
     )

@@ -289,7 +289,7 @@ def test_the_event_loop_stays_free_and_time_is_told(start: Callable[..., Engine]
         return ticks, both
 
     ticks, (two_tiles, one_tile) = asyncio.run(main())
-    assert ticks >= 10
+    assert ticks >= 5
     assert two_tiles.run_s >= 0.1
     assert one_tile.run_s >= 0.05
     assert one_tile.queue_s >= 0.04  # it waited for the other's first tile
@@ -306,7 +306,7 @@ def test_the_backlog_is_an_estimate_of_the_wait(start: Callable[..., Engine]) ->
         return estimate, time.monotonic() - started
 
     estimate, took = asyncio.run(main())
-    assert took / 2 < estimate < took * 2
+    assert took / 3 < estimate < took * 3
     assert engine.backlog_s() == pytest.approx(0.0, abs=0.03)
 
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from torch import nn
@@ -16,7 +16,7 @@ from rayscale.cli.cluster import connect
 from rayscale.contract import code_version, digest, dumps
 from rayscale.data.plan import Plan
 from rayscale.data.shards import Photos, open_split
-from rayscale.errors import MissingError
+from rayscale.errors import MissingError, RayscaleError
 from rayscale.evaluate import Suite, baseline, sample_grid, score, torch_run
 from rayscale.observe import log
 from rayscale.recipes import Recipe
@@ -76,11 +76,19 @@ def train(
     try:
         metrics = run_to_end(job)
     except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        Tracker.start(experiment, record.name, run_id=job.record.mlflow_run_id, uri=record.tracking_uri).finish(status)
+        _finish(job.record, experiment, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    Tracker.start(experiment, record.name, run_id=job.record.mlflow_run_id, uri=record.tracking_uri).finish()
+    _finish(job.record, experiment, "FINISHED")
     return _result(job.record, metrics)
+
+
+def _finish(record: RunRecord, experiment: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Close the MLflow run; where MLflow is away, what happened to the training matters more."""
+    try:
+        tracker = Tracker.start(experiment, record.name, run_id=record.mlflow_run_id, uri=record.tracking_uri)
+        tracker.finish(status)
+    except RayscaleError as error:
+        log.warning("the MLflow run stays open: %s", error)
 
 
 def _identify(

@@ -153,7 +153,8 @@ def permute(positions: I64, n: int, key: int) -> I64:
     """Where a permutation of range(n) puts `positions`: a Feistel network with cycle walking, O(1) memory."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    keys = _hash(_hash(np.full(_ROUNDS, key, np.uint64)) + np.arange(_ROUNDS, dtype=np.uint64))  # unrelated rounds
+    rounds: U64 = np.arange(_ROUNDS, dtype=np.uint64)
+    keys = _hash(rounds + _hash(np.array([key], np.uint64)))  # mixed twice, so that no two rounds are related
     x = positions.astype(np.uint64)
     outside = np.ones(len(x), bool)
     while outside.any():

@@ -1,8 +1,9 @@
 """Photos packed into shards, and read back by byte range.
 
 A dataset is a folder: tar files of the encoded originals as they came (any tar or WebDataset tool reads them; a shard
-holds one split), a Parquet index beside them, `quarantine.json` (what was left out, and why), and `manifest.json`,
-which is written last: without it there is no dataset. All names but the manifest's contain a digest of the content.
+holds one split), a Parquet index beside them, `quarantine.json` (what was left out, and why), `origin.json` (by which
+a second run knows the photos again), and `manifest.json`, written last: without it there is no dataset. Shards and
+index carry a digest of their content in their names, so two runs never write different bytes to one name.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class RolloutReplica:
 
     async def check_health(self) -> None:
         if self._task.done():
-            raise RuntimeError("the registry is no longer read")
+            self._task.result()  # raises what ended it: Ray Serve shows it and starts another replica
 
     async def _follow_registry(self) -> None:
         table = await self._in_thread(rollout.read_table, self._store, TABLE)
@@ -166,7 +166,7 @@ class GatewayReplica:
             functools.partial(follower.fetch, cache=cache, tracking_uri=args.tracking_uri or None),
             ThreadPoolExecutor(1, thread_name_prefix="prepare"),
             meters,
-            grace_s=args.timeout_s,
+            grace_s=2 * args.timeout_s,  # a body may take as long to arrive as its picture to be made
         )
         self._gateway = Gateway(args.gateway(), engine, self._follower, meters)
         self._task: asyncio.Task[None] | None = None
@@ -185,7 +185,7 @@ class GatewayReplica:
 
     async def check_health(self) -> None:
         if self._task is not None and self._task.done():
-            raise RuntimeError("the rollout is no longer followed")
+            self._task.result()
 
 
 RolloutDeployment = serve.deployment(

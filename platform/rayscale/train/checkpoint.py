@@ -90,7 +90,8 @@ def save(
 ) -> None:
     """Write a checkpoint into an empty local folder; `checkpoint.json` last."""
     tensors = {f"{k}/{name}": t for k, net in nets.items() for name, t in unwrap(net).state_dict().items()}
-    state, groups = {}, {}
+    state: dict[str, Tensor] = {}
+    groups: dict[str, Any] = {}
     for turn, optimizer in optimizers.items():
         saved = optimizer.state_dict()
         groups[turn] = saved["param_groups"]

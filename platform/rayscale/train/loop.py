@@ -189,7 +189,7 @@ def fit(
                         total, terms = task.loss(turn.name, state.nets, batch)
                     # DDP averages over the ranks, so a micro-batch's share of the global batch times their number
                     # is its weight in the mean over the global batch; a spare one weighs nothing.
-                    (total * (weight * world_size)).backward()
+                    (total * (weight * world_size)).backward()  # type: ignore[no-untyped-call]
                 meter.add(terms, total, weight)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if turn.clip_norm is not None:
@@ -198,8 +198,8 @@ def fit(
             optimizer.step()
             for ema in turn.ema:
                 halflife = min(ema.halflife_images, ema.rampup * seen)
-                source, target = state.nets[ema.source], state.nets[ema.target]
-                ema_update(target, source, halflife_images=halflife, images=global_batch)
+                follower, leader = state.nets[ema.target], state.nets[ema.source]
+                ema_update(follower, leader, halflife_images=halflife, images=global_batch)
         state.seen_batches += [(b.step, b.shard, b.sha256.hex()) for b in given if b.weight > 0]
         state.step += 1
         meter.steps += 1

@@ -292,6 +292,8 @@ class _Hooks:
                 files={},
             )
             checkpoint.save(folder, state.nets, state.optimizers, info)
+            if self.tracker is not None:
+                self.tracker.flush()  # what a checkpoint has seen is not lost in a crash
             ray.train.report(
                 report,
                 checkpoint=Checkpoint.from_directory(folder),
