@@ -121,6 +121,7 @@ class Demo:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAYSCALE_HOME": str(self.state / "home"),
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.state}/home/mlflow.db",
@@ -131,7 +132,9 @@ class Demo:
             [
                 sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
                 "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={self.dashboard_port}",
-                "--ray-client-server-port=0", f"--num-cpus={max(3, os.cpu_count() or 1)}",
+                f"--ray-client-server-port={_free_port()}",
+                f"--num-cpus={max(2, os.cpu_count() or 1)}",
+                f"--include-dashboard={self.keep}", "--no-monitor",
                 f"--object-store-memory={400 << 20}", f"--temp-dir={temp}",
             ],
             env=env, stdout=(self.state / "ray.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,

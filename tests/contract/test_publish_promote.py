@@ -23,7 +23,8 @@ from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, GateError, IntegrityError, MissingError
 from rayscale.registry.models import Registry
 from rayscale.tracking import Tracker
-from rayscale.train.checkpoint import CheckpointInfo, RunRecord, save, write_run
+from rayscale.train.checkpoint import CheckpointInfo, save
+from rayscale.train.record import RunRecord, write_run
 
 TINY = "rayscale.recipes.compact:tiny"
 LAX = ("gate.min_gain_db_over_baseline=-20", "gate.max_image_loss_db=20", "gate.also_margin=1")

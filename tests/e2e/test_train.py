@@ -24,7 +24,7 @@ from rayscale.data.sample import render_window
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, DivergedError, ResourceError
 from rayscale.train import checkpoint
-from rayscale.train.checkpoint import open_run, read_position
+from rayscale.train.record import open_run, read_position
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RECIPE = "rayscale.recipes.compact:tiny"

@@ -13,17 +13,10 @@ from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingE
 from rayscale.task import Optimizer
 from rayscale.tasks.compact import Compact
 from rayscale.train import checkpoint
-from rayscale.train.checkpoint import (
-    CheckpointInfo,
-    RunRecord,
-    Start,
-    open_run,
-    read_position,
-    write_position,
-    write_run,
-)
+from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.identity import claim, default_name, run_uri
 from rayscale.train.loop import RunSettings, build_state
+from rayscale.train.record import RunRecord, Start, open_run, read_position, write_position, write_run
 
 TASK = Compact(scale=2, features=4, blocks=1, optimizer=Optimizer())
 INFO = CheckpointInfo(

@@ -21,8 +21,9 @@ from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.registry.models import Registry, Version
 from rayscale.storage import open_store
-from rayscale.train.checkpoint import CheckpointInfo, RunRecord, load_nets, open_run, select
+from rayscale.train.checkpoint import CheckpointInfo, load_nets, select
 from rayscale.train.identity import differences
+from rayscale.train.record import RunRecord, open_run
 
 
 @dataclass(frozen=True)

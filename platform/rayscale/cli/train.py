@@ -22,9 +22,8 @@ from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.storage import home
 from rayscale.tracking import Tracker, default_uri
-from rayscale.train import checkpoint
-from rayscale.train.checkpoint import RunRecord
 from rayscale.train.identity import claim, default_name, run_uri
+from rayscale.train.record import RunRecord, write_run
 from rayscale.train.runner import Job, Placement, Validation, check
 from rayscale.train.runner import train as run_to_end
 
@@ -148,7 +147,7 @@ def _tracked(record: RunRecord, experiment: str, chosen: Recipe, photos: Photos)
         },
     )
     record = replace(record, mlflow_run_id=tracker.run_id)
-    checkpoint.write_run(record)
+    write_run(record)
     tracker.params(recipes.resolved(chosen))
     tracker.text(dumps(recipes.resolved(chosen)), "recipe.json")
     tracker.dataset("train", photos.uri, photos.digest)

@@ -1,8 +1,6 @@
-"""What a run is, in its folder, and back: the record of the run, and checkpoints with checksums.
+"""The state of a run <-> a directory with checksums.
 
-    RUN/run.json                   who this run is: recipe, data, MLflow run
-    RUN/position.json              every start of its workers: checkpoint, step, how many
-    RUN/checkpoint_*/              nets.safetensors, optimizers.safetensors, checkpoint.json (written last)
+    RUN/checkpoint_*/    nets.safetensors, optimizers.safetensors, checkpoint.json (written last)
 
 A folder without a `checkpoint.json` whose checksums hold is not a checkpoint, and the one before it is taken.
 """
@@ -33,26 +31,6 @@ _FOLDER = re.compile(r"^(checkpoint_[^/]+)/checkpoint\.json$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """`run.json`: the identity of a run. The same command resumes it; another recipe under its name is refused."""
-
-    name: str
-    uri: str
-    recipe: str  # module:function
-    overrides: tuple[str, ...]
-    recipe_digest: str
-    resolved: Mapping[str, Any]  # the whole recipe, to show what was edited
-    manifest: str  # URI
-    manifest_digest: str
-    plan_digest: str
-    tracking_uri: str
-    mlflow_run_id: str
-    code_version: str
-    status: Literal["running", "finished"] = "running"
-    schema: int = contract.SCHEMA
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
     """`checkpoint.json`: where a run stood, and the checksums of the files beside."""
 
@@ -67,19 +45,6 @@ class CheckpointInfo:
     optimizers: Mapping[str, Any] = field(default_factory=dict)  # turn -> param_groups
     uri: str = ""  # where it was read from
     schema: int = contract.SCHEMA
-
-
-def open_run(run_uri: str) -> RunRecord:
-    """The record of a run. Raises: MissingError where there is none."""
-    store = open_store(run_uri)
-    if not store.exists("run.json"):
-        raise MissingError("run", run_uri, "no run.json there", "give the folder that `train` printed as run_uri")
-    return contract.loads(RunRecord, store.read("run.json"), join(run_uri, "run.json"))
-
-
-def write_run(record: RunRecord) -> None:
-    """Store the record in the run's folder."""
-    open_store(record.uri).write("run.json", contract.dumps(record).encode())
 
 
 def save(
@@ -194,38 +159,6 @@ def _restore_nets(tensors: Mapping[str, Tensor], nets: Mapping[str, nn.Module]) 
                 "does not fit this recipe",
                 "use the recipe that made the checkpoint, or start with --new",
             ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """One start of the run's workers: where from, and how many."""
-
-    step: int
-    checkpoint: str  # URI, "" at the very beginning
-    world_size: int
-    unix: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """`position.json`: every start of the run; the last one is where it goes on from."""
-
-    starts: tuple[Start, ...] = ()
-    schema: int = contract.SCHEMA
-
-
-def read_position(run_uri: str) -> Position:
-    """All starts of the run so far."""
-    store = open_store(run_uri)
-    if not store.exists("position.json"):
-        return Position()
-    return contract.loads(Position, store.read("position.json"), join(run_uri, "position.json"))
-
-
-def write_position(run_uri: str, start: Start) -> None:
-    """Rank 0's decision, made before any worker asks for its data."""
-    position = Position(starts=(*read_position(run_uri).starts, start))
-    open_store(run_uri).write("position.json", contract.dumps(position).encode())
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from rayscale.contract import digest
 from rayscale.errors import ConfigError, ConflictError
 from rayscale.observe import log
 from rayscale.storage import join, open_store
-from rayscale.train.checkpoint import RunRecord, open_run
+from rayscale.train.record import RunRecord, open_run
 
 
 def default_name(recipe: str, overrides: tuple[str, ...], recipe_digest: str, manifest_digest: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -33,8 +34,9 @@ from rayscale.storage import join, ray_filesystem, upload_dir
 from rayscale.task import Task
 from rayscale.tracking import Tracker
 from rayscale.train import checkpoint
-from rayscale.train.checkpoint import CheckpointInfo, RunRecord, Start
+from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.loop import RunSettings, State, build_state, fit
+from rayscale.train.record import RunRecord, Start, start_step, write_position, write_run
 
 
 class Validation(NamedTuple):
@@ -148,9 +150,7 @@ def train(job: Job) -> dict[str, Any]:
             ),
         ),
         datasets={"train": _placeholder},
-        dataset_config=PlanDataConfig(
-            job.photos, job.plan, job.total_steps, lambda: checkpoint.read_position(uri).starts[-1].step
-        ),
+        dataset_config=PlanDataConfig(job.photos, job.plan, job.total_steps, functools.partial(start_step, uri)),
     )
     try:
         result = trainer.fit()
@@ -158,7 +158,7 @@ def train(job: Job) -> dict[str, Any]:
         raise (_cause(error) or error) from None
     if isinstance(result.return_value, RayscaleError):
         raise result.return_value
-    checkpoint.write_run(dataclasses.replace(job.record, status="finished"))
+    write_run(dataclasses.replace(job.record, status="finished"))
     return dict(result.metrics or {})
 
 
@@ -181,7 +181,9 @@ def _cause(error: BaseException | None) -> RayscaleError | None:
 def _worker(config: dict[str, Any]) -> RayscaleError | None:
     """One rank: choose the position, ask for the data, go on. Returns what no new start would mend."""
     setup_logging()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for handler in logging.getLogger("ray.train").handlers:
+        if handler.name == "console":  # its files keep everything
+            handler.setLevel(logging.WARNING)
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -195,7 +197,7 @@ def _worker(config: dict[str, Any]) -> RayscaleError | None:
             found = checkpoint.newest(job.record.uri, folder)
             step = -(-found.images_seen // job.data.global_batch) if found else 0
             start = Start(step=step, checkpoint=found.uri if found else "", world_size=world_size, unix=time.time())
-            checkpoint.write_position(job.record.uri, start)
+            write_position(job.record.uri, start)
         chosen = ray.train.collective.broadcast_from_rank_zero((found.uri, step) if found else ("", 0))
         if chosen[0]:
             if rank != 0:
