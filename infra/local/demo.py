@@ -78,7 +78,8 @@ class Demo:
         self.out, self.port, self.keep = out, port, keep
         self.state = out / "state"
         self.began = time.time()
-        self.env = dict(os.environ)
+        self.env: dict[str, str] = {}
+        self.dashboard = ""
 
     def run(self) -> None:
         """The path, step by step; the result is the last line of standard output."""
@@ -112,12 +113,8 @@ class Demo:
 
     @contextmanager
     def _cluster(self) -> Iterator[None]:
-        """A Ray head of our own: random token, free ports, a temporary folder, stopped by its process id."""
-        gcs, self.dashboard_port = _free_port(), _free_port()
-        temp = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp" if os.name == "posix" else None))
-        self.env |= {
-            "RAY_ADDRESS": f"127.0.0.1:{gcs}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
+        """A Ray head of our own: a random token, free ports, a temporary folder; gone when the block ends."""
+        settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TRAIN_V2_ENABLED": "1",
@@ -127,23 +124,25 @@ class Demo:
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.state}/home/mlflow.db",
             "PYTHONUNBUFFERED": "1",
         }
-        env = {k: v for k, v in self.env.items() if k != "RAY_ADDRESS"}
-        head = subprocess.Popen(
-            [
-                sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
-                "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={self.dashboard_port}",
-                f"--ray-client-server-port={_free_port()}",
-                f"--num-cpus={max(2, os.cpu_count() or 1)}",
-                f"--include-dashboard={self.keep}", "--no-monitor",
-                f"--object-store-memory={400 << 20}", f"--temp-dir={temp}",
-            ],
-            env=env, stdout=(self.state / "ray.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        os.environ.update(settings)  # what the cluster's processes inherit
+        import ray  # now: it reads its settings when it is imported
+
+        temp = tempfile.mkdtemp(prefix="rs", dir="/tmp")
         try:
-            _wait("the Ray cluster", lambda: _answers(gcs), head, self.state / "ray.log")
+            context = ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),
+                object_store_memory=400 << 20,
+                include_dashboard=self.keep,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=temp,
+            )
+            self.dashboard = context.dashboard_url
+            self.env = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"]}
             yield
         finally:
-            _stop(head)
+            ray.shutdown()
             shutil.rmtree(temp, ignore_errors=True)
 
     def _photos(self) -> Path:
@@ -253,7 +252,7 @@ class Demo:
                 f"\nendpoint   http://127.0.0.1:{self.port}/v1/upscale?model={MODEL}@champion"
                 f"\nAPI page   http://127.0.0.1:{self.port}/docs"
                 f"\nMLflow     http://127.0.0.1:{mlflow_port}"
-                f"\ndashboard  http://127.0.0.1:{self.dashboard_port}  (token: {self.env['RAY_AUTH_TOKEN']})"
+                f"\ndashboard  http://{self.dashboard}  (token: {self.env['RAY_AUTH_TOKEN']})"
                 "\nCtrl-C stops everything.",
                 flush=True,
             )

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from rayscale import contract, metrics
-from rayscale.artifact import Session
 from rayscale.contract import Scores, Spec
 from rayscale.data import degrade
 from rayscale.data.degrade import Operator
@@ -25,9 +24,11 @@ from rayscale.errors import ConfigError, DivergedError, MissingError
 from rayscale.imaging import F32, U8, decode_rgb, panel, run_tiled, to_hwc_u8, to_nchw_f32
 from rayscale.observe import log, progress
 
-if TYPE_CHECKING:  # scoring an artifact needs no torch
+if TYPE_CHECKING:  # scoring an artifact needs no torch, and training no ONNX Runtime
     import torch
     from torch import nn
+
+    from rayscale.artifact import Session
 
 Run = Callable[[U8], U8]
 """lr u8[h, w, 3] -> sr u8[h * scale, w * scale, 3]. Raises DivergedError where its picture is not finite."""
