@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import runpy
 import struct
 import subprocess
@@ -458,7 +459,13 @@ def test_the_openapi_page_tells_the_whole_route(service: Service) -> None:
         assert list(route["responses"][status]["content"]) == ["application/problem+json"]
     assert {p["name"] for p in route["parameters"]} == {"model", "accept"}
     assert "curl" in page["info"]["description"]
-    assert service.ask("GET", "/docs").status_code == 200
+    page = service.ask("GET", "/docs")
+    assert page.status_code == 200
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(assets) >= 2
+    for asset in assets:  # the page loads nothing from elsewhere
+        assert asset.startswith("/")
+        assert service.ask("GET", asset).status_code == 200
 
 
 # --- what serving must not import

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import pydantic
 from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from rayscale import __version__, imaging
@@ -284,7 +285,9 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray: bool = False) -> FastAPI:
     """The ASGI application around a gateway. `behind_ray`: Ray Serve's proxy is in front of it."""
-    app = FastAPI(title="Rayscale", version=__version__, description=DESCRIPTION, redoc_url=None, lifespan=lifespan)
+    app = FastAPIOffline(  # its pages load nothing from elsewhere
+        title="Rayscale", version=__version__, description=DESCRIPTION, redoc_url=None, lifespan=lifespan
+    )
     problems.install(app, gateway.meters, behind_ray=behind_ray)
 
     @app.post(

@@ -1,0 +1,213 @@
+"""`ray job submit` of all four jobs: token authentication, S3 over HTTP, nothing of rayscale on the cluster's side."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Cluster:
+    """A Ray head of its own whose Python knows every library but rayscale, beside an S3 server."""
+
+    python: Path
+    env: dict[str, str]
+    temp: Path
+
+    def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit ... -- python COMMAND`, as the README says."""
+        return subprocess.run(
+            [
+                sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".",
+                "--runtime-env", "jobs/runtime_env.yaml", "--", "python", *command,
+            ],
+            cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    def result(self, *command: str) -> dict[str, Any]:
+        """The JSON object on the job's last line."""
+        done = self.submit(*command)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return dict(json.loads(lines[-1]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees the installed libraries, but not the editable install of rayscale.
+
+    A `.pth` file names a folder; the `.pth` files inside that folder are not followed.
+    """
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder / "bin/python"
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """URL of an S3 server in a process of its own, with the bucket "jobs"."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(150):
+            try:
+                urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.2)
+        client(url).create_bucket(Bucket="jobs")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def client(url: str) -> Any:
+    return boto3.client(
+        "s3", endpoint_url=url, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[Cluster]:
+    temp = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    python = bare_python(tmp_path_factory.mktemp("bare") / "venv")
+    home = tmp_path_factory.mktemp("cluster")
+    dashboard = free_port()
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "RAYSCALE_HOME")} | {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+        "RAYSCALE_HOME": str(home),
+    }
+    log = (home / "ray.log").open("w")
+    head = subprocess.Popen(
+        [
+            python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+            "--num-cpus=4", f"--object-store-memory={300 << 20}",
+            f"--temp-dir={temp}", "--no-monitor",
+        ],
+        cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        cluster = Cluster(python, env, temp)
+        wait_for_jobs(cluster, head, home / "ray.log")
+        yield cluster
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.terminate()
+        _, alive = psutil.wait_procs([psutil.Process(head.pid), *family], timeout=15)
+        for process in alive:
+            process.kill()
+        head.wait()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def wait_for_jobs(cluster: Cluster, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the cluster takes and runs a job."""
+    for _ in range(30):
+        submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--", "true"]
+        done = subprocess.run(submit, env=cluster.env, cwd=log.parent, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            return
+        assert head.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.5)
+    raise AssertionError(done.stdout[-2000:] + done.stderr[-2000:] + log.read_text()[-2000:])
+
+
+def test_the_clusters_python_has_no_rayscale(cluster: Cluster) -> None:
+    """Negative control: what the jobs import comes from their runtime environment."""
+    code = "import ray, torch; import importlib.util as u; print(u.find_spec('rayscale'))"
+    env = {k: v for k, v in cluster.env.items() if k != "PYTHONPATH"}
+    done = subprocess.run([cluster.python, "-c", code], env=env, cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip() == "None", done.stderr
+
+
+def test_without_the_token_nothing_is_submitted(cluster: Cluster) -> None:
+    wrong = Cluster(cluster.python, cluster.env | {"RAY_AUTH_TOKEN": "0" * 64}, cluster.temp)
+    done = wrong.submit("jobs/train.py", "--help")
+    assert done.returncode != 0
+    assert "token" in (done.stdout + done.stderr).lower()
+
+
+TINY = (
+    "jobs/train.py", "--recipe", "rayscale.recipes.compact:tiny", "--data", "s3://jobs/packed",
+    "--storage", "s3://jobs/runs", "--set", "run.total_images=256", "--set", "gate.min_gain_db_over_baseline=-9",
+    "--set", "gate.max_image_loss_db=9", "--set", "gate.also_margin=0.9",
+)  # fmt: skip
+"""A gate that a model of a few seconds passes; what the real one decides is tested elsewhere."""
+
+
+def test_photos_in_a_bucket_become_a_champion(cluster: Cluster, photo_folder: Path) -> None:
+    s3 = client(cluster.env["AWS_ENDPOINT_URL"])
+    for photo in sorted(photo_folder.rglob("*.*")):
+        s3.upload_file(str(photo), "jobs", f"photos/{photo.relative_to(photo_folder)}")
+
+    packed = cluster.result("jobs/ingest.py", "s3://jobs/photos", "s3://jobs/packed", "--split", "folder")
+    assert (packed["train"], packed["validation"], packed["test"]) == (12, 2, 2)
+
+    trained = cluster.result(*TINY, "--workers", "2", "--cpus-per-worker", "0.5")
+    assert trained["images_seen"] == 256
+    assert trained["run_uri"].startswith("s3://jobs/runs/")
+
+    published = cluster.result("jobs/publish.py", trained["run_uri"], "--name", "jobs-x2", "--licence", "CC0-1.0")
+    assert published["version"] == 1
+    assert published["parity_max_abs"] < 1e-4
+
+    promoted = cluster.result("jobs/promote.py", "jobs-x2")
+    assert (promoted["promoted"], promoted["version"], promoted["digest"]) == (True, 1, published["digest"])
+
+    again = cluster.result(*TINY)
+    assert again["mlflow_run_id"] == trained["mlflow_run_id"], "the same command finds its finished run"
+
+
+def test_a_users_mistake_fails_the_job_with_its_one_line(cluster: Cluster) -> None:
+    done = cluster.submit("jobs/train.py", "--recipe", "rayscale.recipes.compact:tinny", "--data", "s3://jobs/x")
+    assert done.returncode != 0
+    assert "did you mean 'rayscale.recipes.compact:tiny'?" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
+
+
+def test_dry_run_prints_the_resolved_recipe(cluster: Cluster) -> None:
+    recipe = ("--recipe", "rayscale.recipes.compact:tiny", "--set", "task.features=5")
+    done = cluster.submit("jobs/train.py", *recipe, "--dry-run")
+    assert done.returncode == 0
+    assert '"features": 5' in done.stdout
