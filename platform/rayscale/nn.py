@@ -6,12 +6,15 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrap(net: nn.Module) -> nn.Module:
     """The net inside a DDP wrapper and a compiled one; others as they are."""
-    inner = getattr(net, "module", net)
-    return getattr(inner, "_orig_mod", inner)
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    original = getattr(inner, "_orig_mod", inner)  # of torch.compile
+    assert isinstance(original, nn.Module)
+    return original
 
 
 def ema_of(net: nn.Module) -> nn.Module:

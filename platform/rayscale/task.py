@@ -95,7 +95,10 @@ class Task(Protocol):
         """SR has one; a GAN has d and g, in that order."""
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
-        """Fresh nets. Keys are checkpoint keys: renaming one is a migration."""
+        """Fresh nets. Keys are checkpoint keys: renaming one is a migration.
+
+        Batch norm's running buffers follow rank 0's share of the data; prefer norms without such state.
+        """
 
     def loss(self, turn: str, nets: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """The loss of one micro-batch. Pure: no backward, no optimizer; random only through torch's generator."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 # Read by MLflow while it is imported: no usage reports to third parties, no logging set-up of its own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -65,6 +66,15 @@ for _chatter, _level in (("mlflow", logging.WARNING), ("alembic", logging.WARNIN
 def default_uri() -> str:
     """`MLFLOW_TRACKING_URI`, or the embedded SQLite database."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def without_password(uri: str) -> str:
+    """`https://user:secret@host/x` -> `https://user@host/x`: what may be stored and shown."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{parts.username}@{host}").geturl()
 
 
 def connect(uri: str | None = None) -> MlflowClient:

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ from rayscale.cli.train import train
 from rayscale.data.plan import Plan
 from rayscale.data.sample import render_window
 from rayscale.data.shards import open_split
-from rayscale.errors import ConfigError, DivergedError, ResourceError
+from rayscale.errors import ConfigError, DivergedError, IntegrityError, ResourceError
 from rayscale.train import checkpoint
-from rayscale.train.record import open_run, read_position
+from rayscale.train.record import read_position
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RECIPE = "rayscale.recipes.compact:tiny"
+SLOWER = ["run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96"]  # time to be killed in
+TOTAL, EVERY = 1024, 256  # images, and images from checkpoint to checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(dataset: str, storage: Path, workers: int, name: str, *settings: str) -> dict[str, Any]:
     return train(
-        recipe=RECIPE, data=dataset, settings=["run.keep_checkpoints=99", *settings], name=name, storage=str(storage),
+        recipe=RECIPE, data=dataset, settings=[*SLOWER, *settings], name=name, storage=str(storage),
         workers=workers, cpus_per_worker=0.5, threads=1,
     )  # fmt: skip
 
@@ -60,7 +61,7 @@ def gradient_norms(result: dict[str, Any]) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def chains(dataset: str) -> dict[int, str]:
     """Images seen -> the chain, computed here from the plan alone, without Ray, workers or checkpoints."""
-    recipe = recipes.load(RECIPE)
+    recipe = recipes.load(RECIPE, SLOWER)
     photos = open_split(dataset, "train")
     plan = Plan(len(photos), recipe.data)
     chain, found = "", {}
@@ -74,9 +75,9 @@ def chains(dataset: str) -> dict[int, str]:
 
 
 def test_two_workers_consume_the_planned_sequence(undisturbed: dict[str, Any], chains: dict[int, str]) -> None:
-    assert undisturbed["images_seen"] == 512
+    assert undisturbed["images_seen"] == TOTAL
     found = {c.images_seen: c.chain for c in checkpoint.checkpoints(undisturbed["run_uri"])}
-    assert found == {i: chains[i] for i in (128, 256, 384, 512)}
+    assert found == {i: chains[i] for i in range(EVERY, TOTAL + 1, EVERY)}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -87,81 +88,70 @@ def test_other_numbers_of_workers_consume_the_same_one(
     other = run(dataset, storage, workers, f"on-{workers}")
     assert other["chain"] == undisturbed["chain"]
     # Equal but for the order of the sums in all-reduce; a spare one that weighed anything would scale the gradient.
-    assert gradient_norms(other)[64] == pytest.approx(gradient_norms(undisturbed)[64], rel=1e-4)
+    assert gradient_norms(other)[128] == pytest.approx(gradient_norms(undisturbed)[128], rel=1e-4)
     ours, theirs = (torch.cat([t.flatten() for t in nets_of(r["run_uri"]).values()]) for r in (other, undisturbed))
     assert torch.linalg.norm(ours - theirs) < 1e-3 * torch.linalg.norm(theirs)
 
 
 def test_another_seed_is_another_sequence(dataset: str, storage: Path, undisturbed: dict[str, Any]) -> None:
     """Negative control of the chain, and of the run's end on a number of images that no interval divides."""
-    other = run(dataset, storage, 1, "seed-1", "data.seed=1", "run.total_images=130")
-    assert other["images_seen"] == 136
+    other = run(dataset, storage, 1, "seed-1", "data.seed=1", "run.total_images=257")
+    assert other["images_seen"] == 264
     first = {c.images_seen: c.chain for c in checkpoint.checkpoints(other["run_uri"])}
-    assert first[128] != {c.images_seen: c.chain for c in checkpoint.checkpoints(undisturbed["run_uri"])}[128]
+    assert first[256] != {c.images_seen: c.chain for c in checkpoint.checkpoints(undisturbed["run_uri"])}[256]
 
 
 def train_workers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
 
-@pytest.fixture
-def killer(storage: Path) -> Iterator[list[int]]:
-    """SIGKILLs one train worker once two checkpoints of the run "killed" are committed, between two of them."""
-    killed: list[int] = []
+@pytest.fixture(scope="module")
+def killed(dataset: str, storage: Path, ray_cluster: str) -> dict[str, Any]:
+    """A run of which one worker meets SIGKILL once two checkpoints are committed, between two of them."""
+    pids: list[int] = []
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not killed:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not pids:
             committed = list((storage / "killed").glob("checkpoint_*/checkpoint.json"))
             if len(committed) == 2 and (workers := train_workers()):
                 time.sleep(0.3)  # into the steps after it
-                killed.append(workers[-1].pid)
+                pids.append(workers[-1].pid)
                 os.kill(workers[-1].pid, signal.SIGKILL)
             time.sleep(0.02)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield killed
+    result = run(dataset, storage, 2, "killed")
     thread.join()
+    assert len(pids) == 1
+    return result
 
 
 def test_a_killed_worker_costs_nothing(
-    dataset: str, storage: Path, undisturbed: dict[str, Any], chains: dict[int, str], killer: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    from rayscale.tasks.compact import Compact
-
-    loss = Compact.loss
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:  # leaves time between two checkpoints to be killed in
-        time.sleep(0.03)
-        return loss(*args, **kwargs)
-
-    monkeypatch.setattr(Compact, "loss", slowly)
-    result = run(dataset, storage, 2, "killed")
-    assert len(killer) == 1, "the worker was killed"
-    starts = read_position(result["run_uri"]).starts
+    killed: dict[str, Any], undisturbed: dict[str, Any], chains: dict[int, str]
+) -> None:
+    starts = read_position(killed["run_uri"]).starts
     assert len(starts) == 2, "two attempts"
     assert (starts[0].step, starts[1].world_size) == (0, 2)
-    assert 32 <= starts[1].step < 64, "it went on from a committed checkpoint, not from the beginning"
-    assert result["chain"] == undisturbed["chain"] == chains[512]  # each (step, micro-batch) once, in order
-    ours, theirs = nets_of(result["run_uri"]), nets_of(undisturbed["run_uri"])
+    assert starts[1].step == 2 * EVERY // 8, "it went on from the second checkpoint, not from the beginning"
+    assert killed["chain"] == undisturbed["chain"] == chains[TOTAL]  # each (step, micro-batch) once, in order
+    ours, theirs = nets_of(killed["run_uri"]), nets_of(undisturbed["run_uri"])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), "bitwise where the undisturbed run ended"
-    images = [c.images_seen for c in checkpoint.checkpoints(result["run_uri"])]
-    assert sorted(set(images)) == [128, 256, 384, 512]
+    images = [c.images_seen for c in checkpoint.checkpoints(killed["run_uri"])]
+    assert sorted(images) == [EVERY, 2 * EVERY, 3 * EVERY, TOTAL]
 
 
-def test_metrics_of_a_replayed_step_are_logged_once(storage: Path, undisturbed: dict[str, Any]) -> None:
-    record = open_run(str(storage / "killed"))
-    client = MlflowClient(record.tracking_uri)
-    steps = [m.step for m in client.get_metric_history(record.mlflow_run_id, "loss/l1")]
-    assert steps == sorted(set(steps)) == list(range(64, 513, 64))
-    mlflow_run = client.get_run(record.mlflow_run_id)
+def test_metrics_of_a_replayed_step_are_logged_once(killed: dict[str, Any]) -> None:
+    client = MlflowClient(killed["tracking_uri"])
+    steps = [m.step for m in client.get_metric_history(killed["mlflow_run_id"], "loss/l1")]
+    assert steps == list(range(128, TOTAL + 1, 128))
+    mlflow_run = client.get_run(killed["mlflow_run_id"])
     assert mlflow_run.info.status == "FINISHED"
-    assert mlflow_run.data.params["task.features"] == "8"
+    assert mlflow_run.data.params["task.features"] == "24"
     assert mlflow_run.inputs.dataset_inputs
-    files = {f.path for f in client.list_artifacts(record.mlflow_run_id)}
+    files = {f.path for f in client.list_artifacts(killed["mlflow_run_id"])}
     assert {"recipe.json", "samples"} <= files
 
 
@@ -170,13 +160,14 @@ def test_a_finished_run_says_so_and_an_edited_one_is_refused(
 ) -> None:
     again = run(dataset, storage, 2, "undisturbed")
     assert again["mlflow_run_id"] == undisturbed["mlflow_run_id"]
+    assert (again["images_seen"], again["chain"]) == (TOTAL, undisturbed["chain"])
     assert len(read_position(undisturbed["run_uri"]).starts) == 1
-    with pytest.raises(ConfigError, match=r"task\.features: 8 -> 9.*--rebase"):
+    with pytest.raises(ConfigError, match=r"task\.features: 24 -> 9.*--rebase"):
         run(dataset, storage, 2, "undisturbed", "task.features=9")
 
 
 def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage: Path) -> None:
-    with pytest.raises(DivergedError, match=r"lower task\.optimizer\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"--rebase with a lower task\.optimizer\.learning_rate"):
         run(dataset, storage, 1, "diverged", "task.optimizer.learning_rate=1e30", "task.clip_norm=none")
     assert len(read_position(str(storage / "diverged")).starts) == 1, "not tried again"
 
@@ -184,7 +175,27 @@ def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage
 def test_a_group_that_leaves_ray_data_no_cpu_is_refused_with_the_sum(dataset: str, storage: Path) -> None:
     with pytest.raises(ResourceError, match=r"--workers=4: x 1 CPUs = 4, and Ray Data needs 1 more: the cluster has 4"):
         train(recipe=RECIPE, data=dataset, storage=str(storage), name="greedy", workers=4, cpus_per_worker=1.0)
-    assert not (storage / "greedy/position.json").exists()
+    assert not (storage / "greedy").exists()
+
+
+def test_a_worker_larger_than_any_node_is_refused(dataset: str, storage: Path) -> None:
+    with pytest.raises(ResourceError, match=r"--cpus-per-worker=9.*the largest has 4"):
+        train(recipe=RECIPE, data=dataset, storage=str(storage), name="giant", cpus_per_worker=9.0)
+
+
+def test_a_rebase_to_weights_that_do_not_fit_changes_nothing(
+    dataset: str, storage: Path, undisturbed: dict[str, Any]
+) -> None:
+    before = (storage / "undisturbed/run.json").read_bytes()
+    with pytest.raises(IntegrityError, match="does not fit this recipe"):
+        train(recipe=RECIPE, data=dataset, settings=[*SLOWER, "task.features=9"], name="undisturbed",
+              storage=str(storage), rebase=True)  # fmt: skip
+    assert (storage / "undisturbed/run.json").read_bytes() == before
+
+
+def test_best_by_an_unknown_metric_is_refused(dataset: str, storage: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.best_metric=psnr: no such metric; did you mean 'psnr_[a-z]+'"):
+        run(dataset, storage, 1, "metric", "run.best_metric=psnr")
 
 
 def test_too_many_workers_and_a_wrong_scale_are_refused_before_anything_starts(dataset: str, storage: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError
+from rayscale import contract
+from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, UnavailableError
 from rayscale.task import Optimizer
 from rayscale.tasks.compact import Compact
 from rayscale.train import checkpoint
@@ -39,7 +40,56 @@ def folder(tmp_path: Path) -> Path:
 def test_best_and_last(folder: Path) -> None:
     assert checkpoint.select(str(folder), "last").images_seen == 300
     assert checkpoint.select(str(folder), "best").images_seen == 200
-    assert checkpoint.select(str(folder), "best", metric="ssim_y").images_seen == 300
+    with pytest.raises(MissingError, match=r"run\.best_metric=ssim_y: the checkpoints have scores by \['psnr_y'\]"):
+        checkpoint.select(str(folder), "best", metric="ssim_y")
+
+
+@pytest.mark.parametrize("order", [(100, 200, 300), (300, 100, 200), (200, 300, 100)])
+def test_a_score_that_is_not_finite_is_never_the_best(folder: Path, order: tuple[int, ...]) -> None:
+    for images, db in zip(order, (25.0, float("nan"), 27.0), strict=True):
+        rewrite(folder, images, metrics={"psnr_y": db})
+    assert checkpoint.select(str(folder), "best").images_seen == order[2]
+
+
+def test_scores_from_before_a_rebase_do_not_count(folder: Path) -> None:
+    rewrite(folder, 300, recipe_digest="new", plan_digest="p")
+    found = checkpoint.select(str(folder), "best", recipe_digest="new", plan_digest="p")
+    assert found.images_seen == 300
+    with pytest.raises(MissingError, match="the run has none"):
+        checkpoint.select(str(folder), "last", recipe_digest="newer")
+
+
+def rewrite(folder: Path, images: int, **changes: object) -> None:
+    """Edit a checkpoint's metadata; its files and their checksums stay as they are."""
+    path = folder / f"checkpoint_{images}/checkpoint.json"
+    info = contract.loads(CheckpointInfo, path.read_text(), "test")
+    path.write_text(contract.dumps(replace(info, **changes)))  # type: ignore[arg-type]
+
+
+def test_an_outage_is_not_taken_for_damage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run would begin at image 0 because its storage was away for a minute."""
+
+    def away(*_: object) -> None:
+        raise UnavailableError("s3://bucket", 503, "does not answer", "try again")
+
+    monkeypatch.setattr(checkpoint, "download_dir", away)
+    with pytest.raises(UnavailableError):
+        checkpoint.newest(str(folder), tmp_path / "scratch")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(folder: Path, tmp_path: Path) -> None:
+    for nets in folder.glob("*/nets.safetensors"):
+        nets.write_bytes(nets.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match="3 checkpoints: none of them verifies"):
+        checkpoint.newest(str(folder), tmp_path / "scratch")
+
+
+def test_hyperparameters_are_the_recipes_not_the_checkpoints(folder: Path) -> None:
+    edited = replace(TASK, optimizer=Optimizer(weight_decay=0.1, betas=(0.5, 0.5)))
+    state = build_state(edited, RunSettings(), torch.device("cpu"))
+    checkpoint.restore(folder / "checkpoint_300", state.nets, state.optimizers)
+    group = state.optimizers["g"].param_groups[0]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.1, (0.5, 0.5))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no file", "no checkpoint.json", "half a checkpoint.json"])
@@ -119,12 +169,28 @@ def test_an_edited_recipe_is_refused_with_the_difference(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"task\.features: 8 -> 16.*--new.*--rebase"):
         claim(edited)
     assert claim(edited, new=True).uri.endswith("mine-2")
-    write_run(replace(edited, uri=str(tmp_path / "mine-2")))
+    write_run(replace(edited, name="mine-2", uri=str(tmp_path / "mine-2")))
+    assert claim(edited, new=True).name == "mine-2", "the same command goes on with the run it began"
+    assert claim(replace(edited, recipe_digest="c"), new=True).name == "mine-3"
+    write_run(replace(edited, name="mine-2", uri=str(tmp_path / "mine-2"), status="finished"))
     assert claim(edited, new=True).name == "mine-3"
     rebased = claim(edited, rebase=True)
     assert (rebased.mlflow_run_id, rebased.recipe_digest) == ("r1", "b")
     with pytest.raises(ConfigError, match="data: d -> e"):
         claim(record(tmp_path, manifest_digest="e"))
+
+
+def test_another_order_of_the_same_data_is_refused(tmp_path: Path) -> None:
+    write_run(record(tmp_path))
+    with pytest.raises(ConfigError, match="the order of the data"):
+        claim(record(tmp_path, plan_digest="q"))
+
+
+def test_rebase_needs_a_run_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such run yet; name the run with --name"):
+        claim(record(tmp_path), rebase=True)
+    with pytest.raises(ConfigError, match="a new run has no weights"):
+        claim(record(tmp_path), rebase=True, new=True)
 
 
 def test_another_tracking_server_is_refused(tmp_path: Path) -> None:
@@ -134,11 +200,12 @@ def test_another_tracking_server_is_refused(tmp_path: Path) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    name = default_name("rayscale.recipes.compact:demo", (), "a", "b")
+    name = default_name("rayscale.recipes.compact:demo", "a", "b")
     assert name.startswith("compact-demo-")
-    assert name != default_name("rayscale.recipes.compact:demo", (), "a", "c")
+    assert name != default_name("rayscale.recipes.compact:demo", "a", "c")
     assert run_uri(str(tmp_path), name).endswith(name)
-    for bad in ("", "a/b", "a b", "../x"):
+    assert Path(run_uri("runs", name)).is_absolute(), "workers have other working directories"
+    for bad in ("", "a/b", "a b", "../x", ".", "..", "-x", "a\n"):
         with pytest.raises(ConfigError, match="--name"):
             run_uri(str(tmp_path), bad)
 

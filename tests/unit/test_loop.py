@@ -193,6 +193,52 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(tmp_p
         assert all(torch.isfinite(p).all() for p in net.parameters())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rotten(Exploding):
+    """Finite losses, and weights that are not: what a step that overflows leaves."""
+
+    def loss(self, turn: str, nets: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        net = nets["net"]
+        assert isinstance(net, nn.Conv2d)
+        assert net.bias is not None
+        total = nn.functional.conv2d(batch.tensors["lr"], net.weight).square().mean()
+        if batch.images_seen >= self.at:
+            net.bias.data.fill_(float("inf"))
+        return Losses(total, {"loss/square": total})
+
+
+def test_weights_that_are_not_finite_reach_no_checkpoint_either(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        run(tmp_path / "run", task=Rotten(at=120))  # in the very last step before the checkpoint at 128
+    assert [c.images_seen for c in checkpoint.checkpoints(str(tmp_path / "run"))] == [64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTurns(Exploding):
+    """Two nets that learn from each other in turn; each loss would also have a gradient for the other."""
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(name="d", nets=("d",)), Turn(name="g", nets=("g",)))
+
+    def build(self, device: torch.device) -> dict[str, nn.Module]:
+        return {"d": nn.Conv2d(3, 3, 1), "g": nn.Conv2d(3, 3, 1)}
+
+    def loss(self, turn: str, nets: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        score = nets["d"](nets["g"](batch.tensors["lr"])).mean()
+        assert all(p.requires_grad == (name == turn) for name in "dg" for p in nets[name].parameters())
+        total = score.square() if turn == "d" else (score - 1).square()
+        return Losses(total, {f"loss/{turn}": total})
+
+
+def test_each_turn_steps_its_own_nets_and_freezes_the_others(tmp_path: Path) -> None:
+    whole, kept = run(tmp_path / "whole", task=TwoTurns())
+    assert {name for name in kept.logged[0][1] if name.startswith("loss/")} == {"loss/d", "loss/g"}
+    assert kept.logged[-1][1]["loss/g"] < kept.logged[0][1]["loss/g"]
+    resumed, _ = run(tmp_path / "resumed", task=TwoTurns(), resume=kept.checkpoints[128])
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 def test_a_lost_micro_batch_is_an_error_not_a_smaller_batch(tmp_path: Path) -> None:
     state = build_state(TASK, RUN, CPU)
     given = (step[:-1] if step[0].step == 5 else step for step in stream(0))

@@ -1,5 +1,6 @@
 """The plan: exact epochs, no repeated image in a micro-batch, O(1) at any position."""
 
+import hashlib
 import time
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayscale.data.degrade import Bicubic
-from rayscale.data.plan import DataSettings, Plan, permute, sample_generator
+from rayscale.data.plan import VERSION, DataSettings, Plan, permute, sample_generator
 from rayscale.errors import ConfigError
 
 SMALL = DataSettings(hr_crop_px=32, micro_batch=2, virtual_shards=3, window_images=4, crops=3, seed=7)
@@ -129,3 +130,15 @@ def test_wrong_settings_are_named(change: dict[str, int], field: str) -> None:
 def test_fewer_images_than_a_window_are_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"data\.window_images=4: .*this split has 3; pack more photos"):
         Plan(3, SMALL)
+
+
+def test_the_sequence_is_pinned() -> None:
+    """A change of these numbers breaks the resume of every run there is: raise plan.VERSION with it."""
+    plan = Plan(23, SMALL)
+    windows = [plan.window(w, v) for w, v in ((0, 0), (0, 2), (5, 1), (10**9, 0))]
+    content = b"".join(np.ascontiguousarray(a, "<i8").tobytes() for window in windows for a in window)
+    draws = sample_generator(7, 1, 2, 3)
+    content += np.ascontiguousarray(draws.integers(0, 1000, 50), "<i8").tobytes() + draws.random(8).tobytes()
+    content += draws.standard_normal(8, np.float32).tobytes()
+    found = hashlib.sha256(content).hexdigest()
+    assert (VERSION, found) == (1, "a9b4cfd175eb2d99c51ca61ff0ea87de7b45dc5c0c160aff46278e3f58e4c0bf")

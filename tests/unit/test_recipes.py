@@ -45,6 +45,8 @@ def test_overrides_are_typed_and_applied_in_order() -> None:
         ("run.precision=fp8", r"--set run\.precision=fp8: .*'fp32' or 'bf16'"),
         ("run.total_images=0", r"run\.total_images=0: must be at least 1"),
         ("data.degradation=5", r"--set data\.degradation=5"),
+        ("task=5", r"--set=task: is a group of settings; did you mean"),
+        ("run.seed.x=5", r"--set=run\.seed\.x: no such path.*did you mean 'run\.seed'"),
     ],
 )
 def test_a_wrong_override_is_one_helpful_line(override: str, message: str) -> None:
@@ -77,9 +79,33 @@ def test_a_broken_import_inside_the_users_recipe_is_told_as_it_is(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "broken_recipes.py").write_text("import no_such_library_anywhere\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_library_anywhere"):
+    (tmp_path / "broken_recipes.py").write_text("import broken_rec\n")  # its name begins like the module's
+    with pytest.raises(ModuleNotFoundError, match="broken_rec"):
         load("broken_recipes:any")
+
+
+def test_settings_that_only_fit_together_can_be_changed_together() -> None:
+    both = ["data.micro_batch=3", "data.window_images=6"]
+    assert load(TINY, both).data == load(TINY, both[::-1]).data
+    with pytest.raises(ConfigError, match=r"data\.window_images=4: must be a multiple of data\.micro_batch=3"):
+        load(TINY, both[:1])
+
+
+def test_a_family_of_the_users_own_is_identified_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source = (
+        "from dataclasses import dataclass, replace\nfrom rayscale.recipes import Recipe\n"
+        "from rayscale.recipes.compact import tiny\nfrom rayscale.tasks.compact import Compact\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Own(Compact):\n    pass\n"
+        "def own() -> Recipe:\n    return replace(tiny(), task=Own())\n"
+    )
+    digests = []
+    for number, text in enumerate((source, source + "# edited\n")):
+        (tmp_path / f"own_recipes_{number}.py").write_text(text)
+        digests.append(resolved(load(f"own_recipes_{number}:own"))["task_source"])
+    assert digests[0] != digests[1]
+    assert "task_source" not in resolved(load(TINY))
 
 
 def test_overrides_can_be_replaced_in_code_too() -> None:

@@ -21,6 +21,7 @@ from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.registry.models import Registry, Version
 from rayscale.storage import open_store
+from rayscale.tracking import without_password
 from rayscale.train.checkpoint import CheckpointInfo, load_nets, select
 from rayscale.train.identity import differences
 from rayscale.train.record import RunRecord, open_run
@@ -61,9 +62,10 @@ def publish(
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri
     registry = Registry(tracking_uri)  # before the work: where MLflow is away, say so now
     ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
-    checkpoint = select(run, ship, recipe.run.best_metric)
+    digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
+    checkpoint = select(run, ship, recipe.run.best_metric, **digests)
     suite = Suite(open_store(photos or record.manifest).uri, "test", recipe.data.degradation)
-    run_id = record.mlflow_run_id if tracking_uri == record.tracking_uri else ""
+    run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), suite, where, Path(scratch))
         results = [_register(registry, one, run_id, suite, recipe, checkpoint) for one in prepared]
@@ -97,7 +99,7 @@ def _prepare(
         recipe_digest=record.recipe_digest,
         manifest=record.manifest,
         manifest_digest=record.manifest_digest,
-        code_version=record.code_version,
+        code_version=checkpoint.code_version,
         run_id=record.mlflow_run_id,
         images_seen=checkpoint.images_seen,
     )

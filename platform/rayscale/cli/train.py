@@ -16,15 +16,16 @@ from rayscale.cli.cluster import connect
 from rayscale.contract import code_version, digest, dumps
 from rayscale.data.plan import Plan
 from rayscale.data.shards import Photos, open_split
-from rayscale.errors import MissingError, RayscaleError
-from rayscale.evaluate import Suite, baseline, sample_grid, score, torch_run
+from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
+from rayscale.evaluate import METRICS, Suite, baseline, sample_grid, score, torch_run
 from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.storage import home
-from rayscale.tracking import Tracker, default_uri
+from rayscale.tracking import Tracker, default_uri, without_password
+from rayscale.train import checkpoint
 from rayscale.train.identity import claim, default_name, run_uri
 from rayscale.train.record import RunRecord, write_run
-from rayscale.train.runner import Job, Placement, Validation, check
+from rayscale.train.runner import Job, Placement, Validation, check, check_resources
 from rayscale.train.runner import train as run_to_end
 
 
@@ -67,24 +68,30 @@ def train(
     )
     check(job)
     record = claim(job.record, new=new, rebase=rebase)
+    found = checkpoint.checkpoints(record.uri)
     if record.status == "finished":
         log.info("run %s is finished; nothing to do (--new trains it again)", record.name)
-        return _result(record, {})
+        last = found[0]
+        return _result(record, {"images_seen": last.images_seen, "chain": last.chain, **last.metrics})
+    if found and rebase:
+        checkpoint.load_nets(found[0], chosen.task)  # do they fit? before anything is changed
     connect()
-    job = replace(job, record=_tracked(record, experiment, chosen, photos))
+    check_resources(job.placement)
+    job = replace(job, record=_tracked(record, job.tracking_uri, experiment, chosen, photos))
     try:
         metrics = run_to_end(job)
     except BaseException as error:
-        _finish(job.record, experiment, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        _close(job, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    _finish(job.record, experiment, "FINISHED")
+    _close(job, "FINISHED")
+    write_run(replace(job.record, status="finished"))
     return _result(job.record, metrics)
 
 
-def _finish(record: RunRecord, experiment: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Close the MLflow run; where MLflow is away, what happened to the training matters more."""
+def _close(job: Job, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """End the MLflow run; where MLflow is away, what happened to the training matters more."""
     try:
-        tracker = Tracker.start(experiment, record.name, run_id=record.mlflow_run_id, uri=record.tracking_uri)
+        tracker = Tracker.start("", job.record.name, run_id=job.record.mlflow_run_id, uri=job.tracking_uri)
         tracker.finish(status)
     except RayscaleError as error:
         log.warning("the MLflow run stays open: %s", error)
@@ -94,7 +101,7 @@ def _identify(
     recipe: str, overrides: tuple[str, ...], chosen: Recipe, photos: Photos, name: str, storage: str
 ) -> RunRecord:
     resolved = recipes.resolved(chosen)
-    name = name or default_name(recipe, overrides, digest(resolved), photos.manifest.digest)
+    name = name or default_name(recipe, digest(resolved), photos.manifest.digest)
     return RunRecord(
         name=name,
         uri=run_uri(storage or str(home() / "runs"), name),
@@ -105,7 +112,7 @@ def _identify(
         manifest=photos.uri,
         manifest_digest=photos.manifest.digest,
         plan_digest=Plan(len(photos), chosen.data).digest(photos.digest),
-        tracking_uri=default_uri(),
+        tracking_uri=without_password(default_uri()),
         mlflow_run_id="",
         code_version=code_version(),
     )
@@ -119,6 +126,10 @@ def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement
         max_images=chosen.run.validate_on_images,
         max_side_px=chosen.run.validate_max_side_px,
     )
+    if chosen.run.ship == "best" and chosen.run.best_metric not in METRICS:
+        raise ConfigError(
+            "run.best_metric", chosen.run.best_metric, "no such metric", nearest(chosen.run.best_metric, METRICS)
+        )
     validate = Validator(suite) if photos.manifest.counts.get("validation") else None
     if validate is None:
         log.warning("%s has no validation split: no scores while training", photos.uri)
@@ -130,16 +141,17 @@ def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement
         photos=photos,
         placement=placement,
         validate=validate,
+        tracking_uri=default_uri(),
     )
 
 
-def _tracked(record: RunRecord, experiment: str, chosen: Recipe, photos: Photos) -> RunRecord:
+def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Recipe, photos: Photos) -> RunRecord:
     """The record with its MLflow run, which holds the recipe and the lineage before the first step."""
     tracker = Tracker.start(
         experiment,
         record.name,
         run_id=record.mlflow_run_id or None,
-        uri=record.tracking_uri,
+        uri=tracking_uri,
         tags={
             "rayscale.run_uri": record.uri,
             "rayscale.code_version": code_version(),

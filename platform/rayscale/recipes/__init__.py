@@ -20,7 +20,7 @@ from typing import Any
 
 import pydantic
 
-from rayscale.contract import to_json
+from rayscale.contract import digest, to_json
 from rayscale.data.plan import DataSettings
 from rayscale.errors import ConfigError, nearest
 from rayscale.registry.gate import Gate
@@ -59,7 +59,7 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Recipe:
         try:
             found = _recipes_of(importlib.import_module(module)) if separator and function else {}
         except ModuleNotFoundError as error:
-            if not module.startswith(error.name or "\0"):
+            if module != error.name and not module.startswith(f"{error.name}."):
                 raise  # the module is there, something that it imports is not
             found = {}
         if reference not in found:
@@ -68,9 +68,7 @@ def load(reference: str, overrides: Iterable[str] = ()) -> Recipe:
             )
         known |= found
     recipe = known[reference]()
-    for override in overrides:
-        recipe = override_one(recipe, override)
-    return recipe
+    return override(recipe, overrides)
 
 
 def _recipes_of(module: types.ModuleType) -> dict[str, Callable[[], Recipe]]:
@@ -84,27 +82,43 @@ def _recipes_of(module: types.ModuleType) -> dict[str, Callable[[], Recipe]]:
     }
 
 
-def override_one(recipe: Recipe, override: str) -> Recipe:
-    """Apply one `path=value`, e.g. `run.total_images=8000`, typed by the field it names."""
-    path, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError("--set", override, "must be path=value", "e.g. --set run.total_images=8000")
-    return typing.cast(Recipe, _replace(recipe, path.strip().split("."), value.strip(), path, recipe))
+def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """Apply `path=value` settings, e.g. `run.total_images=8000`, typed by the fields they name.
+
+    All at once, so that settings which only fit together can be changed together; of two for one path the later wins.
+    """
+    tree: dict[str, Any] = {}
+    for given in overrides:
+        path, separator, value = given.partition("=")
+        if not separator:
+            raise ConfigError("--set", given, "must be path=value", "e.g. --set run.total_images=8000")
+        node: Any = recipe
+        *parents, last = parts = path.strip().split(".")
+        for part in parts:
+            if not dataclasses.is_dataclass(node) or part not in {f.name for f in dataclasses.fields(node)}:
+                raise ConfigError("--set", path, "no such path in this recipe", _nearest_path(path, recipe))
+            owner, node = node, getattr(node, part)
+        if dataclasses.is_dataclass(node):
+            raise ConfigError("--set", path, "is a group of settings", _nearest_path(f"{path}.", recipe))
+        branch = tree
+        for part in parents:
+            branch = branch.setdefault(part, {})
+        branch[last] = _typed(typing.get_type_hints(type(owner))[last], value.strip(), path)
+    return typing.cast(Recipe, _replaced(recipe, tree))
 
 
-def _replace(node: Any, parts: list[str], value: str, path: str, recipe: Recipe) -> Any:
-    head, rest = parts[0], parts[1:]
-    fields = {f.name for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else set()
-    if head not in fields:
-        known = [p for p, _ in paths(recipe)]
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-        remedy = f"did you mean '{close[0]}'?" if close else "see --dry-run for all paths"
-        raise ConfigError("--set", path, "no such path in this recipe", remedy)
-    current = getattr(node, head)
-    if rest:
-        return dataclasses.replace(node, **{head: _replace(current, rest, value, path, recipe)})
-    hint = typing.get_type_hints(type(node))[head]
-    return dataclasses.replace(node, **{head: _typed(hint, value, path)})
+def _replaced(node: Any, tree: dict[str, Any]) -> Any:
+    """`node` with the leaves of `tree` in place of its own."""
+    changes = {
+        name: _replaced(getattr(node, name), value) if dataclasses.is_dataclass(getattr(node, name)) else value
+        for name, value in tree.items()
+    }
+    return dataclasses.replace(node, **changes)
+
+
+def _nearest_path(path: str, recipe: Recipe) -> str:
+    close = difflib.get_close_matches(path, [known for known, _ in paths(recipe)], n=1, cutoff=0.4)
+    return f"did you mean '{close[0]}'?" if close else "see --dry-run for all paths"
 
 
 def _typed(hint: Any, value: str, path: str) -> Any:
@@ -135,6 +149,12 @@ def paths(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as plain JSON values, the task's class named; what a run is identified by."""
+    """The whole recipe as plain JSON values, the task's class named; what a run is identified by.
+
+    A family outside this package is named with a digest of its source: an edited one is another recipe.
+    """
     task = type(recipe.task)
-    return {"task_type": f"{task.__module__}:{task.__qualname__}", **to_json(recipe)}
+    named = {"task_type": f"{task.__module__}:{task.__qualname__}"}
+    if task.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        named["task_source"] = digest(inspect.getsource(sys.modules[task.__module__]))
+    return {**named, **to_json(recipe)}

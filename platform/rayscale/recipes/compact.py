@@ -17,13 +17,13 @@ from rayscale.train.loop import RunSettings
 def tiny() -> Recipe:
     """Seconds on one core: what the contract tests train."""
     return Recipe(
-        task=Compact(scale=2, features=8, blocks=2, optimizer=Optimizer(learning_rate=3e-3)),
+        task=Compact(scale=2, features=12, blocks=2, optimizer=Optimizer(learning_rate=5e-3)),
         data=DataSettings(hr_crop_px=32, micro_batch=2, virtual_shards=4, window_images=4, crops=2),
         run=RunSettings(
-            total_images=512,
-            log_every_images=64,
-            validate_every_images=256,
-            checkpoint_every_images=128,
+            total_images=1024,
+            log_every_images=128,
+            validate_every_images=512,
+            checkpoint_every_images=256,
             validate_max_side_px=96,
         ),
     )

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rayscale import contract
-from rayscale.errors import IntegrityError, MissingError, RayscaleError
+from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.nn import unwrap
 from rayscale.observe import log
 from rayscale.storage import download_dir, join, open_store
 from rayscale.task import Task
 
+_DAMAGED = (IntegrityError, ConfigError, MissingError)  # an outage is none of them: it is not taken for damage
 _FOLDER = re.compile(r"^(checkpoint_[^/]+)/checkpoint\.json$")
 
 
@@ -42,7 +44,6 @@ class CheckpointInfo:
     chain: str  # hash chain over the global batches consumed so far (hex)
     metrics: Mapping[str, float]  # of the validation at this point; empty where none ran
     files: Mapping[str, str]  # file -> SHA-256
-    optimizers: Mapping[str, Any] = field(default_factory=dict)  # turn -> param_groups
     uri: str = ""  # where it was read from
     schema: int = contract.SCHEMA
 
@@ -56,18 +57,15 @@ def save(
     """Write a checkpoint into an empty local folder; `checkpoint.json` last."""
     tensors = {f"{k}/{name}": t for k, net in nets.items() for name, t in unwrap(net).state_dict().items()}
     state: dict[str, Tensor] = {}
-    groups: dict[str, Any] = {}
     for turn, optimizer in optimizers.items():
-        saved = optimizer.state_dict()
-        groups[turn] = saved["param_groups"]
-        for index, slots in saved["state"].items():
+        for index, slots in optimizer.state_dict()["state"].items():
             state |= {f"{turn}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     files = {}
     for name, content in (("nets.safetensors", tensors), ("optimizers.safetensors", state)):
         # safetensors refuses shared memory: an EMA that aliases its source would be a bug worth hearing of
         save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / name)
         files[name] = _sha256(folder / name)
-    info = dataclasses.replace(info, files=files, optimizers=groups)
+    info = dataclasses.replace(info, files=files)
     (folder / "checkpoint.json").write_text(contract.dumps(info))
 
 
@@ -80,7 +78,7 @@ def checkpoints(run_uri: str) -> list[CheckpointInfo]:
             uri = join(run_uri, match[1])
             try:
                 info = contract.loads(CheckpointInfo, store.read(entry.key), uri)
-            except RayscaleError as error:
+            except _DAMAGED as error:
                 log.warning("skipping a damaged checkpoint: %s", error)
                 continue
             found.append(dataclasses.replace(info, uri=uri))
@@ -88,24 +86,50 @@ def checkpoints(run_uri: str) -> list[CheckpointInfo]:
 
 
 def newest(run_uri: str, folder: Path) -> CheckpointInfo | None:
-    """The newest checkpoint that verifies, fetched into `folder`; None where there is none."""
-    for info in checkpoints(run_uri):
+    """The newest checkpoint that verifies, fetched into `folder`; None where the run has none yet.
+
+    Raises: IntegrityError where there are some and none verifies: a run is not begun anew behind one's back.
+    """
+    found = checkpoints(run_uri)
+    for info in found:
         try:
             fetch(info, folder)
             return info
-        except RayscaleError as error:
+        except _DAMAGED as error:
             log.warning("skipping a damaged checkpoint: %s", error)
+    if found:
+        raise IntegrityError(
+            run_uri, f"{len(found)} checkpoints", "none of them verifies", "train --new, or restore one"
+        )
     return None
 
 
-def select(run_uri: str, which: Literal["best", "last"], metric: str = "psnr_y") -> CheckpointInfo:
-    """The checkpoint that ships: the newest, or the one with the highest validated `metric`."""
-    found = checkpoints(run_uri)
-    if which == "best":
-        found = sorted(found, key=lambda c: c.metrics.get(metric, float("-inf")), reverse=True)
+def select(
+    run_uri: str,
+    which: Literal["best", "last"],
+    metric: str = "psnr_y",
+    *,
+    recipe_digest: str = "",
+    plan_digest: str = "",
+) -> CheckpointInfo:
+    """The checkpoint that ships: the newest, or the one with the highest validated `metric`.
+
+    With digests given, only checkpoints of that recipe and plan count: before a --rebase, scores meant other things.
+
+    Raises: MissingError where there is none, or none was scored by `metric`.
+    """
+    found = [
+        c for c in checkpoints(run_uri) if recipe_digest in ("", c.recipe_digest) and plan_digest in ("", c.plan_digest)
+    ]
     if not found:
         raise MissingError("checkpoint", run_uri, "the run has none", "train first, or wait for the first one")
-    return found[0]
+    if which == "last":
+        return found[0]
+    scored = [c for c in found if math.isfinite(c.metrics.get(metric, math.nan))]
+    if not scored:
+        known = sorted({name for c in found for name in c.metrics})
+        raise MissingError("run.best_metric", metric, f"the checkpoints have scores by {known}", "take --which last")
+    return max(scored, key=lambda c: c.metrics[metric])
 
 
 def fetch(info: CheckpointInfo, folder: Path) -> None:
@@ -122,7 +146,6 @@ def fetch(info: CheckpointInfo, folder: Path) -> None:
 
 def restore(folder: Path, nets: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
     """Load a fetched checkpoint into freshly built nets and optimizers."""
-    info = contract.loads(CheckpointInfo, (folder / "checkpoint.json").read_text(), str(folder))
     _restore_nets(load_file(folder / "nets.safetensors"), nets)
     state = load_file(folder / "optimizers.safetensors")
     for turn, optimizer in optimizers.items():
@@ -134,7 +157,8 @@ def restore(folder: Path, nets: Mapping[str, nn.Module], optimizers: Mapping[str
                 p = parameters[int(index)]
                 like = torch.empty_like(p) if tensor.shape == p.shape else torch.empty_like(tensor)
                 slots.setdefault(int(index), {})[slot] = like.copy_(tensor)  # keeps the memory format
-        optimizer.load_state_dict({"state": slots, "param_groups": list(info.optimizers[turn])})
+        # hyperparameters are the recipe's, which --rebase may have edited; only the state is the checkpoint's
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_nets(info: CheckpointInfo, task: Task) -> dict[str, nn.Module]:

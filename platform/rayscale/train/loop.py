@@ -38,7 +38,7 @@ class RunSettings:
     validate_max_side_px: int = 512  # centre crop of larger ones; 0 = whole
     ship: Literal["best", "last"] = "best"  # which checkpoint is published
     best_metric: str = "psnr_y"
-    keep_checkpoints: int = 2  # the newest and the best are among them
+    keep_checkpoints: int = 2  # the best by best_metric; the newest is kept besides
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
@@ -151,6 +151,7 @@ def fit(
         seen, before = state.step * global_batch, kept * global_batch
         done = state.step >= last_step
         if state.step > kept:
+            meter.pause()
             if done or _crossed(before, seen, settings.log_every_images):
                 rates = {
                     f"learning_rate/{t.name}": learning_rate(t.optimizer, seen, settings.total_images)
@@ -159,12 +160,13 @@ def fit(
                 hooks.log(seen, meter.read(seen, global_batch) | rates)
             validate = done or _crossed(before, seen, settings.validate_every_images)
             if validate or _crossed(before, seen, settings.checkpoint_every_images):
-                meter.check(seen)  # no score and no checkpoint of a diverged state
                 unwrapped = {name: unwrap(net) for name, net in state.nets.items()}
+                meter.check(seen, unwrapped)  # no score and no checkpoint of a diverged state
                 scores = hooks.validate(seen, unwrapped) if validate else {}
                 _extend_chain(state, shards)
                 hooks.checkpoint(state, seen, scores)
             kept = state.step
+            meter.resume()
         if done:
             return state
 
@@ -212,7 +214,7 @@ class _Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bad = torch.zeros((), device=device)
-        self.steps, self.since = 0, time.monotonic()
+        self.steps, self.seconds, self.since = 0, 0.0, time.monotonic()
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -231,12 +233,25 @@ class _Meter:
         values = torch.stack([self.sums[name] for name in names]) / max(1, self.steps)
         if dist.is_initialized():
             dist.all_reduce(values)
-        rate = self.steps * global_batch / max(1e-9, time.monotonic() - self.since)
-        self.steps, self.since, self.sums = 0, time.monotonic(), {}
+        rate = self.steps * global_batch / max(1e-9, self.seconds + time.monotonic() - self.since)
+        self.steps, self.seconds, self.sums, self.since = 0, 0.0, {}, time.monotonic()
         return dict(zip(names, values.tolist(), strict=True)) | {"progress/images_per_s": rate}
 
-    def check(self, images_seen: int) -> None:
-        """Raises: DivergedError on every rank, if any rank met a loss or gradient that is not finite."""
+    def pause(self) -> None:
+        """Upkeep begins: validation and checkpoints do not count as time of training."""
+        self.seconds += time.monotonic() - self.since
+        self.since = time.monotonic()
+
+    def resume(self) -> None:
+        """Upkeep is over."""
+        self.since = time.monotonic()
+
+    @torch.no_grad()
+    def check(self, images_seen: int, nets: Mapping[str, nn.Module] | None = None) -> None:
+        """Raises: DivergedError on every rank, if any met a loss, a gradient or (of `nets`) a weight not finite."""
+        for net in (nets or {}).values():
+            norms = torch._foreach_norm([p.float() for p in net.parameters()])
+            self.bad += ~torch.isfinite(torch.stack(norms)).all()
         if dist.is_initialized():
             dist.all_reduce(self.bad, op=dist.ReduceOp.MAX)
         if self.bad.item() > 0:
@@ -244,7 +259,7 @@ class _Meter:
                 "loss",
                 "not finite",
                 f"met before image {images_seen}; the last checkpoint is sound",
-                "lower task.optimizer.learning_rate or set task.clip_norm, then run the same command",
+                "give it a --name, and --rebase with a lower task.optimizer.learning_rate or a task.clip_norm",
             )
 
 

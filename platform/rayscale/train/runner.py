@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -27,7 +27,7 @@ from rayscale.data.pairs import PlanDataConfig, check_block, steps
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import check_sizes
 from rayscale.data.shards import Photos
-from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError
+from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError, UnavailableError
 from rayscale.imaging import U8
 from rayscale.observe import Progress, log, setup_logging
 from rayscale.storage import join, ray_filesystem, upload_dir
@@ -36,7 +36,7 @@ from rayscale.tracking import Tracker
 from rayscale.train import checkpoint
 from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.loop import RunSettings, State, build_state, fit
-from rayscale.train.record import RunRecord, Start, start_step, write_position, write_run
+from rayscale.train.record import RunRecord, Start, start_step, write_position
 
 
 class Validation(NamedTuple):
@@ -72,6 +72,7 @@ class Job:
     photos: Photos
     placement: Placement
     validate: Validate | None
+    tracking_uri: str  # with what the record does not keep: a password
 
     @property
     def plan(self) -> Plan:
@@ -107,6 +108,14 @@ def check_resources(placement: Placement) -> None:
     """Raises: ResourceError where the Train group would leave Ray Data no CPU, or does not fit at all."""
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if placement.cpus_per_worker > largest:
+        raise ResourceError(
+            "--cpus-per-worker",
+            placement.cpus_per_worker,
+            f"no node has so many: the largest has {largest:g}",
+            "lower it, or add a larger node",
+        )
     wanted = placement.num_workers * placement.cpus_per_worker
     if wanted + 1 > cpus:
         raise ResourceError(
@@ -125,9 +134,7 @@ def check_resources(placement: Placement) -> None:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Run to the end, through lost workers, from wherever the run stands. Returns the last reported metrics."""
-    check(job)
-    check_resources(job.placement)
+    """Run a checked job to the end, through lost workers, from wherever it stands. Returns the last metrics."""
     p, uri = job.placement, job.record.uri
     filesystem, path = ray_filesystem(uri.rpartition("/")[0])
     trainer = TorchTrainer(
@@ -158,7 +165,6 @@ def train(job: Job) -> dict[str, Any]:
         raise (_cause(error) or error) from None
     if isinstance(result.return_value, RayscaleError):
         raise result.return_value
-    write_run(dataclasses.replace(job.record, status="finished"))
     return dict(result.metrics or {})
 
 
@@ -245,7 +251,10 @@ class _Hooks:
                 ray.train.get_context().get_world_size(),
             )
             record = job.record
-            self.tracker = Tracker.start("", record.name, run_id=record.mlflow_run_id, uri=record.tracking_uri)
+            try:
+                self.tracker = Tracker.start("", record.name, run_id=record.mlflow_run_id, uri=job.tracking_uri)
+            except UnavailableError as error:  # costs curves, not the run
+                log.warning("training goes on without MLflow: %s", error)
             self.progress = Progress("training", job.run.total_images, "images", 10.0)
 
     def stepped(self, images_seen: int) -> None:
@@ -260,17 +269,19 @@ class _Hooks:
             self.note = " ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/"))
 
     def validate(self, images_seen: int, nets: Mapping[str, nn.Module]) -> Mapping[str, float]:
-        if self.tracker is None or self.job.validate is None:
+        if self.rank != 0 or self.job.validate is None:
             return {}
         found = self.job.validate(self.job.task.shipped(nets))
-        self.tracker.metrics({f"validation/{k}": v for k, v in found.metrics.items()}, images_seen)
-        if found.picture is not None:
-            self.tracker.picture(found.picture, f"samples/{images_seen:012d}.png")
+        if self.tracker is not None:
+            self.tracker.metrics({f"validation/{k}": v for k, v in found.metrics.items()}, images_seen)
+            if found.picture is not None:
+                self.tracker.picture(found.picture, f"samples/{images_seen:012d}.png")
         self.note = " ".join(f"{k} {v:.3f}" for k, v in found.metrics.items())
         return found.metrics
 
     def checkpoint(self, state: State, images_seen: int, metrics: Mapping[str, float]) -> None:
-        score = metrics.get(self.job.run.best_metric, float("-inf"))
+        score = metrics.get(self.job.run.best_metric, math.nan)
+        score = score if math.isfinite(score) else -math.inf
         report = {
             "images_seen": images_seen,
             "score": score,

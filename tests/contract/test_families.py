@@ -1,0 +1,214 @@
+"""What every model family must pass. No test here names one: recipes are discovered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayscale import artifact
+from rayscale.contract import ModelCard
+from rayscale.data.plan import DataSettings, Plan
+from rayscale.data.sample import MicroBatch, render_window
+from rayscale.data.shards import open_split
+from rayscale.evaluate import session_run, torch_run
+from rayscale.export import to_onnx
+from rayscale.recipes import Recipe, discover
+from rayscale.task import Batch
+from rayscale.train import checkpoint
+from rayscale.train.checkpoint import CheckpointInfo
+from rayscale.train.loop import RunSettings, State, build_state, fit
+
+CPU = torch.device("cpu")
+TINY = {name: make for name, make in discover().items() if name.endswith(":tiny")}
+OTHERS = {name: make for name, make in discover().items() if name not in TINY}
+families = pytest.mark.parametrize("name", TINY)
+
+
+class Hooks:
+    """Keeps the losses, and a checkpoint half-way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.losses = folder, []
+
+    folder: Path
+    losses: list[float]
+
+    def stepped(self, images_seen: int) -> None: ...
+
+    def log(self, images_seen: int, metrics: dict[str, float]) -> None:
+        self.losses.append(next(v for k, v in metrics.items() if k.startswith("loss/")))
+
+    def validate(self, images_seen: int, nets: object) -> dict[str, float]:
+        return {}
+
+    def checkpoint(self, state: State, images_seen: int, metrics: object) -> None:
+        folder = self.folder / str(images_seen)
+        folder.mkdir(parents=True)
+        info = CheckpointInfo(
+            images_seen=images_seen, position=state.step, plan_digest="", recipe_digest="", code_version="",
+            chain=state.chain, metrics={}, files={},
+        )  # fmt: skip
+        checkpoint.save(folder, state.nets, state.optimizers, info)
+
+
+def steps(dataset: str, data: DataSettings, start: int) -> Iterator[list[MicroBatch]]:
+    photos = open_split(dataset, "train")
+    plan = Plan(len(photos), data)
+    w, first = divmod(start, plan.rows)
+    while True:
+        shards = [render_window(photos, plan, w, v, first, plan.rows) for v in range(data.virtual_shards)]
+        yield from (list(row) for row in zip(*shards, strict=True))
+        w, first = w + 1, 0
+
+
+def train(recipe: Recipe, dataset: str, hooks: Hooks, resume: Path | None = None) -> State:
+    state = build_state(recipe.task, recipe.run, CPU)
+    if resume:
+        checkpoint.restore(resume, state.nets, state.optimizers)
+        state.step = int(resume.name) // recipe.data.global_batch
+    return fit(
+        recipe.task, recipe.run, state, steps(dataset, recipe.data, state.step),
+        global_batch=recipe.data.global_batch, shards=recipe.data.virtual_shards, device=CPU, hooks=hooks,
+    )  # fmt: skip
+
+
+def card_of(recipe: Recipe, function: str) -> ModelCard:
+    return ModelCard(family=recipe.task.family, spec=recipe.task.specs[function], licence="CC0-1.0")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, State, Hooks]]:
+    """Every family's tiny recipe, trained to its end."""
+    found = {}
+    for name, make in TINY.items():
+        recipe, hooks = make(), Hooks(tmp_path_factory.mktemp("family"))
+        found[name] = (recipe, train(recipe, dataset, hooks), hooks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shipped(
+    trained: dict[str, tuple[Recipe, State, Hooks]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """ "NAME/function" -> its artifact."""
+    found = {}
+    for name, (recipe, state, _) in trained.items():
+        for function, module in recipe.task.shipped(state.nets).items():
+            folder = tmp_path_factory.mktemp("artifact") / "model"
+            to_onnx(module, card_of(recipe, function), folder)
+            found[f"{name}/{function}"] = folder
+    return found
+
+
+def test_there_are_families() -> None:
+    assert TINY
+
+
+@families
+def test_it_learns(name: str, trained: dict[str, tuple[Recipe, State, Hooks]], dataset: str) -> None:
+    """The first turn's loss over the same pairs, before and after."""
+    recipe, after, _ = trained[name]
+    before = build_state(recipe.task, recipe.run, CPU)
+    assert mean_loss(recipe, after, dataset) < 0.98 * mean_loss(recipe, before, dataset)
+
+
+def mean_loss(recipe: Recipe, state: State, dataset: str) -> float:
+    given = steps(dataset, recipe.data, 0)
+    values = []
+    for _ in range(8):
+        for batch in next(given):
+            torch.manual_seed(batch.step)
+            tensors = {k: torch.from_numpy(v).permute(0, 3, 1, 2) / 255 for k, v in batch.tensors.items()}
+            with torch.no_grad():
+                values.append(recipe.task.loss(recipe.task.turns[0].name, state.nets, Batch(tensors, 0)).total.item())
+    return float(np.mean(values))
+
+
+@families
+def test_it_resumes_bitwise(
+    name: str, trained: dict[str, tuple[Recipe, State, Hooks]], dataset: str, tmp_path: Path
+) -> None:
+    recipe, whole, hooks = trained[name]
+    middle = sorted(hooks.folder.iterdir(), key=lambda f: int(f.name))[1]
+    resumed = train(recipe, dataset, Hooks(tmp_path), middle)
+    for key, net in whole.nets.items():
+        for parameter, value in net.state_dict().items():
+            assert torch.equal(value, resumed.nets[key].state_dict()[parameter]), f"{key}/{parameter}"
+
+
+@families
+def test_what_is_validated_is_what_is_served(
+    name: str, trained: dict[str, tuple[Recipe, State, Hooks]], shipped: dict[str, Path]
+) -> None:
+    recipe, state, _ = trained[name]
+    for function, module in recipe.task.shipped(state.nets).items():
+        spec = recipe.task.specs[function]
+        session = artifact.load(shipped[f"{name}/{function}"])
+        assert session.card.parity_max_abs is not None
+        assert session.card.parity_max_abs < 1e-4
+        if spec.kind == "transform":
+            lr = np.random.default_rng(0).integers(0, 256, (37, 41, 3), np.uint8)
+            served, scored = session_run(session)(lr), torch_run(module, CPU, spec)(lr)
+            assert np.abs(served.astype(int) - scored.astype(int)).max() <= 1
+            assert served.shape == (37 * spec.scale, 41 * spec.scale, 3)
+
+
+@families
+def test_a_batch_of_four_is_four_batches_of_one(name: str, shipped: dict[str, Path]) -> None:
+    for folder in (f for key, f in shipped.items() if key.startswith(f"{name}/")):
+        session = artifact.load(folder)
+        rng = np.random.default_rng(1)
+        sides = {"n": 4, "h": 4 * session.card.spec.align * 5, "w": 4 * session.card.spec.align * 3}
+        inputs = {
+            t.name: rng.uniform(t.low, t.high, [sides.get(a, a) for a in t.shape]).astype(np.float32)  # type: ignore[arg-type]
+            for t in session.card.spec.inputs
+        }
+        batch = session.run(inputs)
+        singles = [session.run({k: v[i : i + 1] for k, v in inputs.items()}) for i in range(4)]
+        for output, value in batch.items():
+            assert np.array_equal(value, np.concatenate([s[output] for s in singles]))
+
+
+@families
+def test_it_tiles_exactly_or_says_why_not(name: str, shipped: dict[str, Path]) -> None:
+    for folder in (f for key, f in shipped.items() if key.startswith(f"{name}/")):
+        session = artifact.load(folder)
+        spec = session.card.spec
+        if spec.kind != "transform":
+            continue
+        if spec.halo_px is None:
+            assert spec.halo_why_none
+            continue
+        tile = -(-(2 * spec.halo_px + 5) // spec.align) * spec.align
+        for height, width in ((tile, tile), (tile + 1, tile - 1), (2 * tile + 3, 3 * tile + 1), (7, 4 * tile)):
+            lr = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+            assert np.array_equal(session_run(session, tile)(lr), session_run(session)(lr)), (height, width)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_recipe_has_its_card_and_takes_a_step(name: str, tmp_path: Path) -> None:
+    recipe = OTHERS[name]()
+    for function in recipe.task.specs:
+        assert card_of(recipe, function).spec.outputs
+    scale = recipe.data.scale
+    rng = np.random.default_rng(0)
+    tensors = {
+        "lr": rng.integers(0, 256, (1, 16, 16, 3), np.uint8),
+        "hr": rng.integers(0, 256, (1, 16 * scale, 16 * scale, 3), np.uint8),
+    }
+    batch = MicroBatch(
+        0, 0, {k: v for k, v in tensors.items() if k in recipe.task.needs}, np.zeros((1, 3), np.int64), b""
+    )
+    run = RunSettings(total_images=1, precision=recipe.run.precision, channels_last=recipe.run.channels_last)
+    state = build_state(recipe.task, run, CPU)
+    before = {k: v.clone() for k, v in state.nets[recipe.task.turns[0].nets[0]].state_dict().items()}
+    hooks = Hooks(tmp_path)
+    fit(replace(recipe, run=run).task, run, state, iter([[batch]]), global_batch=1, shards=1, device=CPU, hooks=hooks)
+    after = state.nets[recipe.task.turns[0].nets[0]].state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert np.isfinite(hooks.losses).all()
