@@ -27,7 +27,9 @@ from rayscale.train.record import read_position
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 RECIPE = "rayscale.recipes.compact:tiny"
-SLOWER = ["run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96"]  # time to be killed in
+SLOWER = [  # time to be killed in, and steps so small that rounding does not grow into another run
+    "run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96", "task.optimizer.learning_rate=0.0003",
+]  # fmt: skip
 TOTAL, EVERY = 1024, 256  # images, and images from checkpoint to checkpoint
 
 
@@ -90,7 +92,8 @@ def test_other_numbers_of_workers_consume_the_same_one(
     # Equal but for the order of the sums in all-reduce; a spare one that weighed anything would scale the gradient.
     assert gradient_norms(other)[128] == pytest.approx(gradient_norms(undisturbed)[128], rel=1e-4)
     ours, theirs = (torch.cat([t.flatten() for t in nets_of(r["run_uri"]).values()]) for r in (other, undisturbed))
-    assert torch.linalg.norm(ours - theirs) < 1e-3 * torch.linalg.norm(theirs)
+    # the sign of L1 lets rounding grow over 128 steps; stepping once per micro-batch instead would make this 0.2
+    assert torch.linalg.norm(ours - theirs) < 0.02 * torch.linalg.norm(theirs)
 
 
 def test_another_seed_is_another_sequence(dataset: str, storage: Path, undisturbed: dict[str, Any]) -> None:
