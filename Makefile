@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PORT ?= 8000
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-long test-all lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,8 +21,10 @@ demo: $(INSTALLED)  ## photos to a better picture over HTTP, all on this machine
 test: $(INSTALLED)  ## all tests but the long ones
 	$(BIN)/python -m pytest -m "not long"
 
-test-all: $(INSTALLED)  ## the long ones too
-	$(BIN)/python -m pytest --timeout 1800
+test-long: $(INSTALLED)  ## the long ones only: the whole demo within its budgets, chaos
+	$(BIN)/python -m pytest -m long --timeout 1800
+
+test-all: test test-long  ## both
 
 lint: $(INSTALLED)  ## formatting, lint, types and import rules only
 	$(BIN)/python -m pytest tests/unit/test_repository.py

@@ -166,9 +166,12 @@ class Demo:
                 for line in job.stdout:
                     print(line, end="", flush=True)
                     last = line.strip() or last
-            except KeyboardInterrupt:
-                job.send_signal(signal.SIGINT)
-                job.wait(60)
+            except KeyboardInterrupt:  # a terminal tells the job too; where only we were told, we pass it on
+                try:
+                    job.wait(5)
+                except subprocess.TimeoutExpired:
+                    job.send_signal(signal.SIGINT)
+                    job.wait(60)
                 raise
         if job.returncode:
             raise subprocess.CalledProcessError(job.returncode, command)
@@ -211,9 +214,13 @@ class Demo:
             truth = decode_rgb(path.read_bytes())
             truth = truth[: truth.shape[0] // SCALE * SCALE, : truth.shape[1] // SCALE * SCALE]
             lr, _ = apply((Bicubic(scale=SCALE),), truth, np.random.default_rng(0))
-            status, answer = self._http(f"/v1/upscale?model={MODEL}@champion", encode(lr, "png"))
+            sent = encode(lr, "png")
+            status, answer = self._http(f"/v1/upscale?model={MODEL}@champion", sent)
             if status != 200:
                 raise ResourceError("/v1/upscale", status, answer.decode(errors="replace")[:300], "see serve.log")
+            (self.out / "served").mkdir(exist_ok=True)
+            (self.out / f"served/{path.stem}_sent.png").write_bytes(sent)
+            (self.out / f"served/{path.stem}_answer.png").write_bytes(answer)
             pictures = {
                 "bicubic": resize(lr, truth.shape[0], truth.shape[1], border="replicate"),
                 "served": decode_rgb(answer),
