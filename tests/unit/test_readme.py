@@ -71,6 +71,8 @@ def test_the_trees_paths_are_there() -> None:
     tree = README[README.index("platform/rayscale/ ") :].partition("```")[0]
     package = ROOT / "platform/rayscale"
     for line in tree.splitlines():
+        if line.startswith("   "):  # a description that goes on
+            continue
         inside = line.startswith("  ")
         for word in re.split(r"\s{2,}", line.strip())[0].split():
             assert ((package if inside else ROOT) / word).exists(), word

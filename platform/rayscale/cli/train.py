@@ -22,10 +22,11 @@ from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.storage import home
 from rayscale.tracking import Tracker, default_uri, without_password
+from rayscale.tracking import connect as connect_mlflow
 from rayscale.train import checkpoint
 from rayscale.train.identity import claim, default_name, run_uri
 from rayscale.train.record import RunRecord, write_run
-from rayscale.train.runner import Job, Placement, Validation, check, check_resources
+from rayscale.train.runner import Job, Placement, Validation, check, check_disk, check_resources
 from rayscale.train.runner import train as run_to_end
 
 
@@ -71,10 +72,13 @@ def train(
     found = checkpoint.checkpoints(record.uri)
     if record.status == "finished":
         log.info("run %s is finished; nothing to do (--new trains it again)", record.name)
-        last = found[0]
+        last = checkpoint.select(record.uri, "last")
         return _result(record, {"images_seen": last.images_seen, "chain": last.chain, **last.metrics})
     if found and rebase:
         checkpoint.load_nets(found[0], chosen.task)  # do they fit? before anything is changed
+    job = replace(job, record=record)
+    check_disk(job)
+    connect_mlflow(job.tracking_uri)  # where it is away, say so before a cluster starts
     connect()
     check_resources(job.placement)
     job = replace(job, record=_tracked(record, job.tracking_uri, experiment, chosen, photos))
@@ -147,6 +151,7 @@ def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement
 
 def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Recipe, photos: Photos) -> RunRecord:
     """The record with its MLflow run, which holds the recipe and the lineage before the first step."""
+    write_run(record)  # first: where the storage takes nothing, MLflow hears of no run
     tracker = Tracker.start(
         experiment,
         record.name,

@@ -7,9 +7,12 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +33,7 @@ from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError, UnavailableError
 from rayscale.imaging import U8
 from rayscale.observe import Progress, log, setup_logging
-from rayscale.storage import join, ray_filesystem, upload_dir
+from rayscale.storage import check_free, join, ray_filesystem, upload_dir
 from rayscale.task import Task
 from rayscale.tracking import Tracker
 from rayscale.train import checkpoint
@@ -104,6 +107,13 @@ def check(job: Job) -> None:
     check_block(job.plan)
 
 
+def check_disk(job: Job) -> None:
+    """Raises: ResourceError where a local disk cannot hold the run's checkpoints: weights, and two moments of each."""
+    nets = job.task.build(torch.device("cpu"))
+    size = sum(t.numel() * t.element_size() for net in nets.values() for t in net.state_dict().values())
+    check_free(job.record.uri, 3 * size * (job.run.keep_checkpoints + 2) + (16 << 20), "the run")
+
+
 def check_resources(placement: Placement) -> None:
     """Raises: ResourceError where the Train group would leave Ray Data no CPU, or does not fit at all."""
     total = ray.cluster_resources()
@@ -159,13 +169,30 @@ def train(job: Job) -> dict[str, Any]:
         datasets={"train": _placeholder},
         dataset_config=PlanDataConfig(job.photos, job.plan, job.total_steps, functools.partial(start_step, uri)),
     )
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        raise (_cause(error) or error) from None
+    with _interruptible():
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            raise (_cause(error) or error) from None
     if isinstance(result.return_value, RayscaleError):
         raise result.return_value
     return dict(result.metrics or {})
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C while Ray Train runs is a KeyboardInterrupt, as anywhere else.
+
+    Ray Train handles SIGINT itself (it stops the workers in order), leaves its handler behind, and exits.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _placeholder() -> ray.data.Dataset:
