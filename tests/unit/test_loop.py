@@ -16,6 +16,7 @@ from torch import nn
 from rayscale.contract import Spec
 from rayscale.data.sample import MicroBatch
 from rayscale.errors import DivergedError, IntegrityError
+from rayscale.nn import unwrap
 from rayscale.task import Batch, Losses, Optimizer, Turn
 from rayscale.tasks.compact import Compact
 from rayscale.train import checkpoint, loop
@@ -89,7 +90,7 @@ def run(
 
 
 def weights(state: State) -> torch.Tensor:
-    return torch.cat([v.flatten() for net in state.nets.values() for v in net.state_dict().values()])
+    return torch.cat([v.flatten() for net in state.nets.values() for v in unwrap(net).state_dict().values()])
 
 
 def test_it_learns_and_keeps_its_appointments(tmp_path: Path) -> None:
@@ -287,6 +288,18 @@ def test_a_missing_compiler_is_said_aloud_and_training_goes_on(
     assert "no compiler here (no g++); training without it" in caplog.text
     plain, _ = run(tmp_path / "plain", replace(RUN, total_images=64))
     assert torch.equal(weights(state), weights(plain))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_compiled_run_trains_and_its_checkpoints_are_plain(tmp_path: Path) -> None:
+    settings = replace(RUN, compile=True)
+    compiled, kept = run(tmp_path / "compiled", settings)
+    plain, _ = run(tmp_path / "plain")
+    assert "OptimizedModule" in type(compiled.nets["net"]).__name__
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=0.1, atol=0.02)
+    resumed, _ = run(tmp_path / "resumed", RUN, resume=kept.checkpoints[128])  # on a machine without a compiler
+    torch.testing.assert_close(weights(resumed), weights(plain), rtol=0.1, atol=0.02)
 
 
 def test_where_a_compiler_is_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
