@@ -28,11 +28,11 @@ def connect(**options: Any) -> None:
     try:
         _knock(address or "")
         ray.init(address=address, logging_level="WARNING", log_to_driver=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AuthenticationError) as error:
         if not address:  # a cluster of our own: nothing that the user has said is wrong
             raise
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error.__cause__, AuthenticationError):
+        if "AuthenticationError" in f"{type(error)} {error.__cause__}":  # inside a RuntimeError, as text
             remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
             raise ConfigError("RAY_ADDRESS", address, "the cluster refuses this token", remedy) from None
         if isinstance(error, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -33,7 +35,7 @@ from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError, UnavailableError
 from rayscale.imaging import U8
 from rayscale.observe import Progress, log, setup_logging
-from rayscale.storage import check_free, join, ray_filesystem, upload_dir
+from rayscale.storage import check_free, join, open_store, ray_filesystem, upload_dir
 from rayscale.task import Task
 from rayscale.tracking import Tracker
 from rayscale.train import checkpoint
@@ -147,6 +149,7 @@ def train(job: Job) -> dict[str, Any]:
     """Run a checked job to the end, through lost workers, from wherever it stands. Returns the last metrics."""
     p, uri = job.placement, job.record.uri
     filesystem, path = ray_filesystem(uri.rpartition("/")[0])
+    _check_snapshot(uri)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -176,7 +179,28 @@ def train(job: Job) -> dict[str, Any]:
             raise (_cause(error) or error) from None
     if isinstance(result.return_value, RayscaleError):
         raise result.return_value
-    return dict(result.metrics or {})
+    last = checkpoint.select(uri, "last")  # Ray's own list may end before it, after a kill
+    return {**(result.metrics or {}), "images_seen": last.images_seen, "chain": last.chain, **last.metrics}
+
+
+def _check_snapshot(uri: str) -> None:
+    """Remove Ray Train's own list of checkpoints where it would refuse the run for it; we do not go on from it.
+
+    It is written in place, so a kill may leave half of it; another version of Ray may not read it; and a checkpoint
+    that it names may be gone.
+    """
+    store, name = open_store(uri), "checkpoint_manager_snapshot.json"
+    if not store.exists(name):
+        return
+    try:
+        snapshot = json.loads(store.read(name))
+        named = {found["checkpoint_dir_name"] for found in snapshot["checkpoint_results"]}
+        sound = snapshot["ray_version"] == ray.__version__
+    except (ValueError, KeyError, TypeError):
+        named, sound = set(), False
+    if not sound or named - {found.uri.rpartition("/")[2] for found in checkpoint.checkpoints(uri)}:
+        log.warning("%s: removing Ray Train's list of checkpoints, which is not true; ours is whole", uri)
+        store.delete(name)
 
 
 @contextmanager
@@ -308,7 +332,7 @@ class _Hooks:
 
     def checkpoint(self, state: State, images_seen: int, metrics: Mapping[str, float]) -> None:
         score = metrics.get(self.job.run.best_metric, math.nan)
-        score = score if math.isfinite(score) else -math.inf
+        score = score if math.isfinite(score) else -sys.float_info.max  # -inf comes back as null from Ray's snapshot
         report = {
             "images_seen": images_seen,
             "score": score,
