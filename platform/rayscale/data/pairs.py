@@ -8,13 +8,14 @@ turn, so worker r holds the shards r, r + n, ... of V. Spare blocks (where n doe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+from numpy.typing import NDArray
 from ray.train import DataConfig
 
 from rayscale.data.plan import Plan
@@ -144,10 +145,15 @@ def pack(batches: Iterator[MicroBatch]) -> pa.Table:
         "layout": pa.array([json.dumps(shape) for shape in layout], pa.string()),
     }
     for name in names:
-        empty = np.zeros(0, np.uint8)
-        arrays = [np.ascontiguousarray(b.tensors.get(name, empty)).data for b in given]
-        columns[name] = pa.array([memoryview(a).cast("B") for a in arrays], pa.binary())
+        columns[name] = _binary([b.tensors.get(name, np.zeros(0, np.uint8)) for b in given])
     return pa.table(columns)
+
+
+def _binary(arrays: Sequence[NDArray[np.uint8]]) -> pa.Array:
+    """A binary column, one value an array. By hand: `pa.array` never frees the memoryviews it is given."""
+    offsets = np.concatenate([[0], np.cumsum([a.nbytes for a in arrays])]).astype(np.int32)
+    data = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0, np.uint8)
+    return pa.Array.from_buffers(pa.binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def unpack(table: pa.Table, row: int) -> MicroBatch:
