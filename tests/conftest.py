@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,72 @@ def dataset(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     out = tmp_path_factory.mktemp("packed") / "dataset"
     pack(str(photo_folder), str(out), PackSettings(split="folder", min_side=64))
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def planned_chains(dataset: str) -> Callable[[str, Sequence[str]], dict[int, str]]:
+    """(recipe, settings) -> {images seen: chain}, from the plan alone, without Ray, workers or checkpoints."""
+    from rayscale import recipes
+    from rayscale.data.plan import Plan
+    from rayscale.data.sample import render_window
+    from rayscale.data.shards import open_split
+
+    def compute(reference: str, settings: Sequence[str]) -> dict[int, str]:
+        recipe = recipes.load(reference, settings)
+        photos = open_split(dataset, "train")
+        plan = Plan(len(photos), recipe.data)
+        chain, found = "", {}
+        for w in range(-(-recipe.run.total_steps(recipe.data.global_batch) // plan.rows)):
+            shards = range(recipe.data.virtual_shards)
+            rows = zip(*(render_window(photos, plan, w, v, 0, plan.rows) for v in shards), strict=True)
+            for r, row in enumerate(rows):
+                for batch in row:
+                    chain = hashlib.sha256((chain + batch.sha256.hex()).encode()).hexdigest()
+                found[(w * plan.rows + r + 1) * recipe.data.global_batch] = chain
+        return found
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """URL of an S3 server in a thread of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A prefix in a bucket, and an environment in which boto3 finds it; afterwards the server is empty again."""
+    from rayscale import storage_s3
+
+    for name, value in {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+                        "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none",
+                        "AWS_CONFIG_FILE": "/none"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(storage_s3, "BACKOFF_S", 0.01)
+    storage_s3._client().create_bucket(Bucket="photos")
+    yield "s3://photos/set"
+    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
+
+
+@pytest.fixture
+def moto_auth(moto: str) -> Iterator[Callable[[bytes], None]]:
+    """Let moto check credentials after so many requests; by default, and afterwards, it never does."""
+
+    def check_after(unchecked_requests: bytes) -> None:
+        headers = {"Content-Type": "text/plain"}
+        urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset-auth", unchecked_requests, headers))
+
+    yield check_after
+    check_after(b"inf")
 
 
 @pytest.fixture(scope="session")

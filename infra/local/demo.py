@@ -32,7 +32,7 @@ import yaml
 
 from rayscale.data.degrade import Bicubic, apply
 from rayscale.data.degrade import resize_bicubic as resize
-from rayscale.errors import RayscaleError, ResourceError
+from rayscale.errors import ConfigError, RayscaleError, ResourceError
 from rayscale.imaging import U8, decode_rgb, encode, panel
 from rayscale.metrics import psnr, ssim
 from rayscale.storage import check_free
@@ -313,6 +313,8 @@ def _detail(truth: U8, side: int = 160) -> tuple[slice, slice]:
 
 
 def _check_port(field: str, port: int) -> None:
+    if not 0 < port < 1 << 16:
+        raise ConfigError(field, port, "must be 1 to 65535", "e.g. `make demo PORT=8123`")
     if _answers(port):
         raise ResourceError(field, port, "is in use by another program", "stop it, or `make demo PORT=8123`")
 

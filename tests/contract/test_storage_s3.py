@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -21,38 +20,12 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rayscale import storage_s3
 from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split, pack
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, UnavailableError
 from rayscale.storage import download_dir, join, open_store, ray_filesystem, upload_dir
-
-
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(moto, monkeypatch):
-    """A bucket of its own, and an environment in which boto3 finds it."""
-    for name, value in {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-                        "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none",
-                        "AWS_CONFIG_FILE": "/none"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(storage_s3, "BACKOFF_S", 0.01)
-    client = storage_s3._client()
-    client.create_bucket(Bucket="photos")
-    yield "s3://photos/set"
-    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -186,16 +159,10 @@ def test_a_missing_bucket_is_told_by_every_act(s3, tmp_path):
             act()
 
 
-def moto_auth(moto: str, unchecked_requests: bytes) -> None:
-    """Let moto check credentials after so many requests."""
-    headers = {"Content-Type": "text/plain"}
-    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset-auth", unchecked_requests, headers))
-
-
-def test_no_credentials_and_wrong_ones_name_the_setting(s3, moto, monkeypatch):
+def test_no_credentials_and_wrong_ones_name_the_setting(s3, moto_auth, monkeypatch):
     store = open_store(s3)
     store.write("x", b"1")
-    moto_auth(moto, b"0")  # from now on moto looks the keys up
+    moto_auth(b"0")  # from now on moto looks the keys up
     try:
         for act in (lambda: store.read("x"), lambda: list(store.list()), lambda: store.exists("x"),
                     lambda: store.write("x", b"2")):  # fmt: skip
@@ -205,7 +172,7 @@ def test_no_credentials_and_wrong_ones_name_the_setting(s3, moto, monkeypatch):
             assert "refused" in str(caught.value)
             assert "secret" not in str(caught.value)
     finally:
-        moto_auth(moto, b"inf")
+        moto_auth(b"inf")
     assert store.read("x") == b"1"
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -6,19 +6,17 @@ standard output. A mistake of the user's is one line on standard error and exit 
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from rayscale.errors import RayscaleError, ResourceError
+from rayscale.cli.disk import full_disk_told
+from rayscale.errors import RayscaleError
 from rayscale.observe import setup_logging
 
 COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is called
@@ -44,7 +42,7 @@ def reported(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         setup_logging()
         try:
-            with full_disk():
+            with full_disk_told():
                 result = command(*args, **kwargs)
         except RayscaleError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -59,19 +57,6 @@ def reported(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         print(json.dumps(result), flush=True)
 
     return wrapper
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """A disk that fills up under a library of others is the user's to mend, wherever it happens."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = error.filename or tempfile.gettempdir()
-        remedy = "free some space, or set TMPDIR and RAYSCALE_HOME to other disks"
-        raise ResourceError("disk", where, f"cannot be written ({error.strerror})", remedy) from None
 
 
 def main() -> None:

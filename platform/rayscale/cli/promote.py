@@ -10,6 +10,7 @@ import typer
 
 from rayscale import contract
 from rayscale.artifact import Device
+from rayscale.cli.disk import check_disks
 from rayscale.cli.scoring import BASELINE, Scored, device_of, means, score_artifact, score_baseline
 from rayscale.contract import Scores, dumps
 from rayscale.errors import ConfigError, ConflictError, GateError, MissingError
@@ -18,7 +19,7 @@ from rayscale.observe import log
 from rayscale.registry.gate import Gate, Hold, Promote, decide, markdown
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.storage import home
-from rayscale.tracking import Tracker
+from rayscale.tracking import Tracker, default_uri
 
 EXPERIMENT = "promotions"
 
@@ -37,6 +38,7 @@ def promote(
     """
     check_alias(alias)
     where = device_of(device)
+    check_disks(default_uri(), home())  # artifacts are fetched into a cache there
     registry = Registry()
     candidate = _candidate(registry, model)
     holder = registry.aliases(candidate.name).get(alias)

@@ -13,6 +13,7 @@ import typer
 
 from rayscale import export, recipes
 from rayscale.artifact import Device, digest_of
+from rayscale.cli.disk import check_disks
 from rayscale.cli.scoring import device_of, means, score_artifact, score_baseline
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
 from rayscale.errors import ConfigError, nearest
@@ -60,12 +61,14 @@ def publish(
     if not licence.strip():
         log.warning("no --licence: the gate will hold this version back")
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri
-    registry = Registry(tracking_uri)  # before the work: where MLflow is away, say so now
+    check_disks(tracking_uri)  # before the work: what is too small or away is told now
+    registry = Registry(tracking_uri)
     ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
     digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
     checkpoint = select(run, ship, recipe.run.best_metric, **digests)
     suite = Suite(open_store(photos or record.manifest).uri, "test", recipe.data.degradation)
     run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
+    check_disks(tracking_uri, model_bytes=2 * sum(entry.size for entry in open_store(checkpoint.uri).list()))
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), suite, where, Path(scratch))
         results = [_register(registry, one, run_id, suite, recipe, checkpoint) for one in prepared]

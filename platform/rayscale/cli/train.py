@@ -13,6 +13,7 @@ from torch import nn
 
 from rayscale import recipes
 from rayscale.cli.cluster import connect
+from rayscale.cli.disk import check_disks
 from rayscale.contract import code_version, digest, dumps
 from rayscale.data.plan import Plan
 from rayscale.data.shards import Photos, open_split
@@ -78,6 +79,7 @@ def train(
         checkpoint.load_nets(found[0], chosen.task)  # do they fit? before anything is changed
     job = replace(job, record=record)
     check_disk(job)
+    check_disks(job.tracking_uri)
     connect_mlflow(job.tracking_uri)  # where it is away, say so before a cluster starts
     connect()
     check_resources(job.placement)
