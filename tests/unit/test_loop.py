@@ -105,6 +105,11 @@ def test_it_learns_and_keeps_its_appointments(tmp_path: Path) -> None:
     assert not torch.equal(*(torch.cat([p.flatten() for p in state.nets[n].parameters()]) for n in ("net", "ema")))
 
 
+def test_the_step_that_completes_total_images_is_the_last(tmp_path: Path) -> None:
+    state, hooks = run(tmp_path / "run", replace(RUN, total_images=130))
+    assert (state.step, list(hooks.checkpoints), hooks.validated) == (17, [64, 128, 136], [128, 136])
+
+
 @pytest.mark.parametrize("at", [64, 128, 192])
 def test_a_resumed_run_ends_bitwise_where_the_undisturbed_one_does(tmp_path: Path, at: int) -> None:
     whole, kept = run(tmp_path / "whole")
