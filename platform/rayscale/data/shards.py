@@ -417,9 +417,15 @@ def _load(uri: str, split: str, digest: str) -> _Index:
 
 
 def _read_index(manifest: Manifest, data: bytes, split: str) -> _Index:
-    classes = tuple(sorted(set(pq.read_table(pa.BufferReader(data), columns=["label"])["label"].unique().to_pylist())))
+    classes = tuple(
+        sorted(
+            set(
+                pq.read_table(pa.BufferReader(data), columns=["label"], use_threads=False)["label"].unique().to_pylist()
+            )
+        )
+    )
     columns = ["shard", "offset", "size", "width", "height", "label", "sha256"]
-    table = pq.read_table(pa.BufferReader(data), columns=columns, filters=[("split", "=", split)])
+    table = pq.read_table(pa.BufferReader(data), columns=columns, filters=[("split", "=", split)], use_threads=False)
     names = tuple(shard.name for shard in manifest.shards)
 
     def numbers(column: str) -> Any:
