@@ -330,6 +330,7 @@ def trained(line: Line) -> Trained:
     return Trained(result, exit_codes, said, run_ids, statuses)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_broken_training_goes_on(
     line: Line, trained: Trained, planned_chains: Callable[[str, Sequence[str]], dict[int, str]]
@@ -372,6 +373,7 @@ def test_what_cannot_be_published_and_promoted(line: Line, trained: Trained, tmp
     assert Registry(line.tracking_uri).aliases("unlicensed") == {}
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_broken_publication_and_promotion_go_on(line: Line, trained: Trained) -> None:
     """SIGKILL three times each, at random moments from where they begin to change anything."""
