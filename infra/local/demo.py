@@ -159,8 +159,10 @@ class Demo:
         command = [sys.executable, f"jobs/{name}.py", *map(str, arguments)]
         began = time.time()
         print(f"\n$ python {' '.join(command[1:])}", flush=True)
-        with subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, text=True) as job:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=ROOT, env=self.env, text=True, **pipes) as job:
             assert job.stdout is not None
+            threading.Thread(target=_pass_on, args=(job.stderr,), daemon=True).start()
             last = ""
             try:
                 for line in job.stdout:
@@ -288,6 +290,13 @@ class Memory:
         while not self._stop.wait(1.0):
             own = psutil.Process()
             self.peak = max(self.peak, sum(_private(p.pid) for p in [own, *own.children(recursive=True)]))
+
+
+def _pass_on(lines: Any) -> None:
+    """A job's standard error, but for an actor of Ray's that misses the dashboard we did not start."""
+    for line in lines:
+        if "PlacementGroupCleaner" not in line:
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def _private(pid: int) -> int:
