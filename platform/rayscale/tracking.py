@@ -6,6 +6,8 @@ names another one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -40,7 +42,7 @@ from mlflow.utils.rest_utils import http_request
 
 from rayscale import imaging
 from rayscale.contract import to_json
-from rayscale.errors import ConfigError, MissingError, RayscaleError, UnavailableError
+from rayscale.errors import ConfigError, MissingError, RayscaleError, ResourceError, UnavailableError
 from rayscale.observe import log
 from rayscale.storage import home
 
@@ -92,11 +94,22 @@ def connect(uri: str | None = None) -> MlflowClient:
         except OSError as error:
             raise ConfigError("MLFLOW_TRACKING_URI", uri, str(error), "choose a folder that can be written") from None
     with answering(uri):
+        if database is not None and not database.exists():
+            _make_database(database)
         if database is None:
             # Any answer will do; the session's own retries and time limit are for a server that was seen alive.
             http_request(get_default_host_creds(uri), "/health", "GET", timeout=PROBE_TIMEOUT_S, max_retries=1,
                          backoff_factor=0, backoff_jitter=0, raise_on_status=False)  # fmt: skip
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(database: Path) -> None:
+    """MLflow's tables, made aside and linked into place: its migrations survive neither a kill nor a second maker."""
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=database.parent) as scratch:
+        made = Path(scratch) / database.name
+        MlflowClient(f"sqlite:///{made}", f"sqlite:///{made}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):
+            os.link(made, database)
 
 
 @contextmanager
@@ -126,6 +139,11 @@ def _raise(uri: str, code: str, error: Exception) -> NoReturn:
         raise ConfigError("MLFLOW_TRACKING_URI", uri, said, remedy) from None
     if code == "INVALID_PARAMETER_VALUE":
         raise ConfigError("MLflow", uri, said, "correct the value") from None
+    if "disk is full" in said or getattr(error, "errno", None) in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    ):  # SQLite says it in prose
+        raise ResourceError("disk", uri, said[:160], "free some space and run again") from None
     remedy = "check that MLflow is up, then run this again"
     raise UnavailableError("MLFLOW_TRACKING_URI", uri, said[:160], remedy) from error
 

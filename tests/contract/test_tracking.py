@@ -223,3 +223,17 @@ def test_a_server_that_goes_away_costs_no_run_and_no_record(
         assert history(client, lost.run_id, "loss") == []  # the control: without a retry they are gone
     finally:
         server.kill()
+
+
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    """MLflow's migrations do not survive a kill: what they have begun must not lie where the database belongs."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = "import sys; from rayscale.tracking import connect; connect(sys.argv[1])"
+    maker = subprocess.Popen([sys.executable, "-c", code, uri])
+    while not any(found.stat().st_size > 100_000 for found in tmp_path.rglob("mlflow.db")):
+        assert maker.poll() is None
+        time.sleep(0.005)
+    maker.kill()
+    maker.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    connect(uri).search_experiments()
