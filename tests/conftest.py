@@ -54,7 +54,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The packed `photo_folder`: URI of the dataset."""
-    from rayscale.data.shards import PackSettings, pack
+    from rayscale.data.pack import pack
+    from rayscale.data.scan import PackSettings
 
     out = tmp_path_factory.mktemp("packed") / "dataset"
     pack(str(photo_folder), str(out), PackSettings(split="folder", min_side=64))

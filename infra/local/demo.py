@@ -107,6 +107,7 @@ class Demo:
                     "peak_rss_gib": round(memory.peak / 2**30, 2),
                 }
                 (self.state / "done").write_text(json.dumps(result))
+                (self.state / "memory.txt").write_text(memory.table())
                 if self.keep:
                     self._stay_up()
         print(json.dumps(result), flush=True)
@@ -276,7 +277,7 @@ class Memory:
     """Peak of the resident memory of all processes below this one, Ray's object store (shared memory) left out."""
 
     def __enter__(self) -> Memory:
-        self.peak = 0
+        self.peak, self._at_peak = 0, list[tuple[int, str]]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -289,7 +290,13 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             own = psutil.Process()
-            self.peak = max(self.peak, sum(_private(p.pid) for p in [own, *own.children(recursive=True)]))
+            found = [(_private(p.pid), p) for p in [own, *own.children(recursive=True)]]
+            if (total := sum(size for size, _ in found)) > self.peak:
+                self.peak, self._at_peak = total, [(size, _title(p)) for size, p in found]
+
+    def table(self) -> str:
+        """Who held how much at the peak, MiB, largest first."""
+        return "".join(f"{size >> 20:6} {title}\n" for size, title in sorted(self._at_peak, reverse=True))
 
 
 def _pass_on(lines: Any) -> None:
@@ -297,6 +304,13 @@ def _pass_on(lines: Any) -> None:
     for line in lines:
         if "PlacementGroupCleaner" not in line:
             print(line, end="", file=sys.stderr, flush=True)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:120]
+    except psutil.Error:
+        return "(ended)"
 
 
 def _private(pid: int) -> int:

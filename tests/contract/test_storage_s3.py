@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 from rayscale import storage_s3
+from rayscale.data.pack import pack
 from rayscale.data.scan import PackSettings
-from rayscale.data.shards import open_split, pack
+from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, UnavailableError
 from rayscale.storage import download_dir, join, open_store, ray_filesystem, upload_dir
 

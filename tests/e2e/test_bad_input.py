@@ -26,7 +26,8 @@ import pytest
 from mlflow import MlflowClient
 
 from rayscale.artifact import digest_of
-from rayscale.data.shards import PackSettings, pack
+from rayscale.data.pack import pack
+from rayscale.data.scan import PackSettings
 from rayscale.registry.models import Registry
 from rayscale.storage import open_store
 from rayscale.train.record import open_run, read_position

@@ -189,7 +189,8 @@ def test_too_many_workers_and_a_wrong_scale_are_refused_before_anything_starts(d
 
 
 def test_best_needs_something_to_be_scored_on(photo_folder: Path, tmp_path: Path) -> None:
-    from rayscale.data.shards import PackSettings, pack
+    from rayscale.data.pack import pack
+    from rayscale.data.scan import PackSettings
 
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/train").symlink_to(photo_folder / "train")

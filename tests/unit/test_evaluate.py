@@ -20,7 +20,9 @@ from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
 from rayscale.contract import ModelCard, Scores, Spec
 from rayscale.data.degrade import Bicubic
-from rayscale.data.shards import PackSettings, open_split, pack
+from rayscale.data.pack import pack
+from rayscale.data.scan import PackSettings
+from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, DivergedError, MissingError
 from rayscale.evaluate import Pair, Suite, baseline, compare, pairs, sample_grid, score, session_run, torch_run
 from rayscale.imaging import U8, decode_rgb, encode, to_hwc_u8

@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayscale.data.cut import check_sizes, cut
 from rayscale.data.degrade import Bicubic, apply
 from rayscale.data.plan import DataSettings, Plan, sample_generator
-from rayscale.data.sample import check_sizes, cut_pair, render_window
+from rayscale.data.sample import render_window
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError
+from rayscale.imaging import U8
 
 SETTINGS = DataSettings(hr_crop_px=24, flips=False, micro_batch=2, virtual_shards=2, window_images=4, crops=2)
+
+
+def pair(photo: U8, chosen: DataSettings, rng: np.random.Generator) -> tuple[U8, U8]:
+    tensors, _ = cut(photo, chosen, rng)
+    return tensors["lr"], tensors["hr"]
 
 
 @given(
@@ -23,7 +30,7 @@ SETTINGS = DataSettings(hr_crop_px=24, flips=False, micro_batch=2, virtual_shard
 def test_lr_equals_the_crop_of_the_degraded_photo(scale: int, height: int, width: int, seed: int) -> None:
     photo = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     chain = (Bicubic(scale=scale),)
-    lr, hr = cut_pair(photo, replace(SETTINGS, degradation=chain), sample_generator(1, 0, 0, seed))
+    lr, hr = pair(photo, replace(SETTINGS, degradation=chain), sample_generator(1, 0, 0, seed))
     modulo = photo[: height // scale * scale, : width // scale * scale]
     whole, _ = apply(chain, modulo, np.random.default_rng(0))
     side = 24 // scale
@@ -41,7 +48,7 @@ def test_lr_equals_the_crop_of_the_degraded_photo(scale: int, height: int, width
 def test_degrading_the_bare_crop_would_not_be_the_same() -> None:
     """Negative control of the test above: without the margin, borders differ."""
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    lr, hr = cut_pair(photo, SETTINGS, sample_generator(1, 0, 0, 0))
+    lr, hr = pair(photo, SETTINGS, sample_generator(1, 0, 0, 0))
     bare, _ = apply(SETTINGS.degradation, np.ascontiguousarray(hr), np.random.default_rng(0))
     assert not np.array_equal(bare, lr)
     assert np.array_equal(bare[2:-2, 2:-2], lr[2:-2, 2:-2])
@@ -51,8 +58,8 @@ def test_flips_turn_both_halves_of_the_pair_alike() -> None:
     photo = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     seen = set()
     for crop in range(64):
-        straight = cut_pair(photo, SETTINGS, sample_generator(0, 0, 0, crop))
-        turned = cut_pair(photo, replace(SETTINGS, flips=True), sample_generator(0, 0, 0, crop))
+        straight = pair(photo, SETTINGS, sample_generator(0, 0, 0, crop))
+        turned = pair(photo, replace(SETTINGS, flips=True), sample_generator(0, 0, 0, crop))
         found = [
             (turns, mirror)
             for turns in range(4)

@@ -26,9 +26,11 @@ from rayscale import contract
 from rayscale.cli.ingest import ingest
 from rayscale.data import scan as scan_module
 from rayscale.data import shards
-from rayscale.data.layout import SCHEMA, layout
+from rayscale.data.layout import layout
+from rayscale.data.manifest import SCHEMA, Manifest, ShardInfo
+from rayscale.data.pack import pack
 from rayscale.data.scan import PackSettings, Photo, Rejected, Sample, assign, hash_splits
-from rayscale.data.shards import Manifest, open_split, pack, plan_reads
+from rayscale.data.shards import open_split, plan_reads
 from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError
 from rayscale.imaging import Limits
 from rayscale.storage import LocalStore
@@ -387,7 +389,8 @@ def test_a_dry_run_writes_nothing(source, tmp_path):
 KILLED = """
 import os, signal, sys
 from rayscale import storage
-from rayscale.data import scan, shards
+from rayscale.data import scan
+from rayscale.data.pack import pack
 source, out, where, count = sys.argv[1:]
 left, flush = [int(count)], storage._flush
 def die(here):
@@ -400,7 +403,7 @@ def flushing(path):  # a file is written, but not yet renamed
     flush(path)
 storage._flush, scan.SCAN_CHUNK = flushing, 5
 settings = scan.PackSettings(shard_bytes=40_000, min_side=32, validation_fraction=0.2, test_fraction=0.2)
-shards.pack(source, out, settings, on_progress=lambda phase, done, total: die(phase))
+pack(source, out, settings, on_progress=lambda phase, done, total: die(phase))
 """
 
 
@@ -662,9 +665,7 @@ def test_a_million_photos_take_less_than_80_mb():
     }
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, SCHEMA), sink)
-    infos = tuple(
-        contract.loads(shards.ShardInfo, json.dumps({"name": n, "size": 1, "samples": 1}), "x") for n in names
-    )
+    infos = tuple(contract.loads(ShardInfo, json.dumps({"name": n, "size": 1, "samples": 1}), "x") for n in names)
     manifest = Manifest(shards=infos, counts={}, source="", digest="", index_sha256="")
     del columns, digest, size
     arrow_before = pa.total_allocated_bytes()

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rayscale.data.scan import SPLITS, PackSettings
-from rayscale.data.shards import pack
+from rayscale.data.manifest import SPLITS
+from rayscale.data.pack import pack
+from rayscale.data.scan import PackSettings
 from rayscale.observe import Progress, log, progress
 from rayscale.storage import join, open_store
 

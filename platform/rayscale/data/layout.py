@@ -8,44 +8,18 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayscale.data.manifest import KEY_CHARS, SCHEMA, TRIES, ShardInfo
 from rayscale.data.scan import Sample
 from rayscale.errors import IntegrityError
 from rayscale.storage import Store
 
-KEY_CHARS = 24  # of the sha256: 96 bits, and no two photos of a dataset are equal
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tiff", "bmp": "bmp", "ppm": "ppm"}
 BLOCK = 512  # bytes, of tar; two empty ones end it
-TRIES = 3  # reads of a photo whose bytes are not what its digest says
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),  # the member's name in the tar, without its extension
-        ("shard", pa.string()),
-        ("offset", pa.int64()),  # of the photo's bytes in the tar
-        ("size", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("label", pa.string()),
-        ("sha256", pa.binary(32)),
-        ("split", pa.string()),
-        ("source_key", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardInfo:
-    """One tar file, its name relative to the dataset."""
-
-    name: str
-    size: int  # bytes
-    samples: int
 
 
 class Member(NamedTuple):

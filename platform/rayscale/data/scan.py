@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple
 
 from rayscale import __version__
 from rayscale.contract import dumps
+from rayscale.data.manifest import SPLITS
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, MissingError, TooLargeError
 from rayscale.imaging import Limits, decode_rgb, read_header
 from rayscale.storage import Entry, Store
 
-SPLITS = ("train", "validation", "test")
 SCAN_CHUNK = 2000  # photos whose results are kept together, for a run that goes on after a kill
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 

@@ -28,9 +28,9 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from rayscale.contract import code_version
+from rayscale.data.cut import check_sizes
 from rayscale.data.pairs import PlanDataConfig, check_block, steps
 from rayscale.data.plan import DataSettings, Plan
-from rayscale.data.sample import check_sizes
 from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError, DivergedError, RayscaleError, ResourceError, UnavailableError
 from rayscale.imaging import U8
