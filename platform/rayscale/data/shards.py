@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayscale.data.manifest import KEY_CHARS, SPLITS, TRIES, Manifest, read_manifest
-from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, nearest
+from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, RayscaleError, nearest
 from rayscale.observe import log
 from rayscale.storage import Store, join, open_store
 
@@ -118,6 +118,17 @@ class Photos:
 
         Raises: IndexError, MissingError (a shard is gone), UnavailableError, IntegrityError.
         """
+        found = self.read_each(indices)
+        for photo in found:
+            if isinstance(photo, RayscaleError):
+                raise photo
+        return found  # type: ignore[return-value]
+
+    def read_each(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> list[bytes | RayscaleError]:
+        """`read`, with an IntegrityError in the place of each photo whose bytes are not what its sha256 says.
+
+        Raises: IndexError, MissingError (a shard is gone), UnavailableError: what substituting a photo does not mend.
+        """
         wanted = np.asarray(indices, np.int64)
         outside = wanted[(wanted < 0) | (wanted >= len(self))]
         if len(outside):
@@ -126,7 +137,7 @@ class Photos:
         runs = list(plan_reads(np.unique(wanted), index.shard, index.offset, index.size))
         work = functools.partial(_read_run, store, index)
         parts = _readers(os.getpid()).map(work, runs) if store.remote and len(runs) > 1 else map(work, runs)
-        found = {row: data for part in parts for row, data in part}
+        found = {row: photo for part in parts for row, photo in part}
         return [found[int(row)] for row in wanted]
 
 
@@ -147,11 +158,12 @@ def plan_reads(
         yield run
 
 
-def _read_run(store: Store, index: _Index, run: Sequence[int]) -> list[tuple[int, bytes]]:
+def _read_run(store: Store, index: _Index, run: Sequence[int]) -> list[tuple[int, bytes | RayscaleError]]:
+    """One coalesced read, then each photo of it verified; a photo that does not match is read again by itself."""
     first, last = run[0], run[-1]
     shard, start = index.shards[index.shard[first]], int(index.offset[first])
     data = store.read(shard, start=start, length=int(index.offset[last] + index.size[last]) - start)
-    found = []
+    found: list[tuple[int, bytes | RayscaleError]] = []
     for row in run:
         at, size = int(index.offset[row]), int(index.size[row])
         photo = data[at - start : at - start + size]
@@ -160,11 +172,14 @@ def _read_run(store: Store, index: _Index, run: Sequence[int]) -> list[tuple[int
                 break
             log.warning("%s/%s: bytes at %d are not what the index says; reading again", store.uri, shard, at)
             photo = store.read(shard, start=at, length=size)
-        if not _matches(photo, index, row):
-            rule = f"photo {_Keys(index.sha256)[row]} at byte {at} is not what its sha256 says, read {TRIES} times"
-            raise IntegrityError("shard", join(store.uri, shard), rule, "restore the file, or pack the photos again")
-        found.append((row, photo))
+        found.append((row, photo if _matches(photo, index, row) else _damaged(store, index, row)))
     return found
+
+
+def _damaged(store: Store, index: _Index, row: int) -> IntegrityError:
+    at, shard = int(index.offset[row]), index.shards[index.shard[row]]
+    rule = f"photo {_Keys(index.sha256)[row]} at byte {at} is not what its sha256 says, read {TRIES} times"
+    return IntegrityError("shard", join(store.uri, shard), rule, "restore the file, or pack the photos again")
 
 
 def _matches(photo: bytes, index: _Index, row: int) -> bool:
