@@ -274,10 +274,13 @@ class Demo:
 
 
 class Memory:
-    """Peak of the resident memory of all processes below this one, Ray's object store (shared memory) left out."""
+    """Peak of the resident memory of all processes below this one, Ray's object store (shared memory) left out.
+
+    A page that several processes share (Ray's and torch's libraries, mostly) is resident once and counted once.
+    """
 
     def __enter__(self) -> Memory:
-        self.peak, self._at_peak = 0, list[tuple[int, str]]()
+        self.peak, self._at_peak = 0, list[tuple[int, int, str]]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -290,13 +293,15 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             own = psutil.Process()
-            found = [(_private(p.pid), p) for p in [own, *own.children(recursive=True)]]
-            if (total := sum(size for size, _ in found)) > self.peak:
-                self.peak, self._at_peak = total, [(size, _title(p)) for size, p in found]
+            found = [(*_resident(p.pid), p) for p in [own, *own.children(recursive=True)]]
+            if (total := sum(share for share, _, _ in found)) > self.peak:
+                self.peak, self._at_peak = total, [(share, rss, _title(p)) for share, rss, p in found]
 
     def table(self) -> str:
-        """Who held how much at the peak, MiB, largest first."""
-        return "".join(f"{size >> 20:6} {title}\n" for size, title in sorted(self._at_peak, reverse=True))
+        """Who held how much at the peak: its share of the pages and its RSS (which counts shared ones again), MiB."""
+        together = (sum(row[0] for row in self._at_peak), sum(row[1] for row in self._at_peak), "all together")
+        rows = [together, *sorted(self._at_peak, reverse=True)]
+        return "".join(f"{share >> 20:6} {rss >> 20:6} {title}\n" for share, rss, title in rows)
 
 
 def _pass_on(lines: Any) -> None:
@@ -313,14 +318,15 @@ def _title(process: psutil.Process) -> str:
         return "(ended)"
 
 
-def _private(pid: int) -> int:
-    """RssAnon + RssFile of a process, bytes."""
+def _resident(pid: int) -> tuple[int, int]:
+    """(proportional share, RSS) of a process's private and file pages, bytes."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile") if name in fields)
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # it has ended
+        return 0, 0
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    store = kib.get("Pss_Shmem", 0)
+    return (kib.get("Pss", 0) - store) << 10, (kib.get("Rss", 0) - store) << 10
 
 
 def _detail(truth: U8, side: int = 160) -> tuple[slice, slice]:

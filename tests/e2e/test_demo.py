@@ -62,7 +62,7 @@ def test_the_served_pictures_are_better_and_it_keeps_its_budgets(demo: tuple[Pat
     assert result["parity_max_abs"] <= 1e-4
     assert result["first_step_s"] <= 60
     assert result["total_s"] <= 480
-    assert result["peak_rss_gib"] <= 4.0, (out / "state/memory.txt").read_text()
+    assert 1.0 < result["peak_rss_gib"] <= 4.0, (out / "state/memory.txt").read_text()
     assert (result["model"], result["version"]) == ("demo-x2", 1)
     assert (out / "before_after.png").stat().st_size > 100_000
 
