@@ -68,12 +68,12 @@ def planned_chains(dataset: str) -> Callable[[str, Sequence[str]], dict[int, str
     from rayscale import recipes
     from rayscale.data.plan import Plan
     from rayscale.data.sample import render_window
-    from rayscale.data.shards import open_split
+    from rayscale.data.mixture import open_mixture
 
     def compute(reference: str, settings: Sequence[str]) -> dict[int, str]:
         recipe = recipes.load(reference, settings)
-        photos = open_split(dataset, "train")
-        plan = Plan(len(photos), recipe.data)
+        photos = open_mixture((dataset,), "train")
+        plan = photos.plan(recipe.data)
         chain, found = "", {}
         for w in range(-(-recipe.run.total_steps(recipe.data.global_batch) // plan.rows)):
             shards = range(recipe.data.virtual_shards)

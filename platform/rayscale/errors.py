@@ -96,6 +96,10 @@ class IntegrityError(RayscaleError):
     """Bytes that are not what their digest says."""
 
 
+class DamageError(IntegrityError):
+    """More photos are damaged than the run may do without."""
+
+
 class ParityError(RayscaleError):
     """The exported model does not say what the trained one says."""
 

@@ -14,7 +14,7 @@ from rayscale import artifact
 from rayscale.contract import ModelCard
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import MicroBatch, render_window
-from rayscale.data.shards import open_split
+from rayscale.data.mixture import open_mixture
 from rayscale.evaluate import session_run, torch_run
 from rayscale.export import to_onnx
 from rayscale.recipes import Recipe, discover
@@ -57,8 +57,8 @@ class Hooks:
 
 
 def steps(dataset: str, data: DataSettings, start: int) -> Iterator[list[MicroBatch]]:
-    photos = open_split(dataset, "train")
-    plan = Plan(len(photos), data)
+    photos = open_mixture((dataset,), "train")
+    plan = photos.plan(data)
     w, first = divmod(start, plan.rows)
     while True:
         shards = [render_window(photos, plan, w, v, first, plan.rows) for v in range(data.virtual_shards)]

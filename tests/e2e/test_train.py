@@ -36,7 +36,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(dataset: str, storage: Path, workers: int, name: str, *settings: str) -> dict[str, Any]:
     return train(
-        recipe=RECIPE, data=dataset, settings=[*SLOWER, *settings], name=name, storage=str(storage),
+        recipe=RECIPE, data=[dataset], settings=[*SLOWER, *settings], name=name, storage=str(storage),
         workers=workers, cpus_per_worker=0.5, threads=1,
     )  # fmt: skip
 
@@ -155,13 +155,13 @@ def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage
 
 def test_a_group_that_leaves_ray_data_no_cpu_is_refused_with_the_sum(dataset: str, storage: Path) -> None:
     with pytest.raises(ResourceError, match=r"--workers=4: x 1 CPUs = 4, and Ray Data needs 1 more: the cluster has 4"):
-        train(recipe=RECIPE, data=dataset, storage=str(storage), name="greedy", workers=4, cpus_per_worker=1.0)
+        train(recipe=RECIPE, data=[dataset], storage=str(storage), name="greedy", workers=4, cpus_per_worker=1.0)
     assert not (storage / "greedy").exists()
 
 
 def test_a_worker_larger_than_any_node_is_refused(dataset: str, storage: Path) -> None:
     with pytest.raises(ResourceError, match=r"--cpus-per-worker=9.*the largest has 4"):
-        train(recipe=RECIPE, data=dataset, storage=str(storage), name="giant", cpus_per_worker=9.0)
+        train(recipe=RECIPE, data=[dataset], storage=str(storage), name="giant", cpus_per_worker=9.0)
 
 
 def test_a_rebase_to_weights_that_do_not_fit_changes_nothing(
@@ -169,7 +169,7 @@ def test_a_rebase_to_weights_that_do_not_fit_changes_nothing(
 ) -> None:
     before = (storage / "undisturbed/run.json").read_bytes()
     with pytest.raises(IntegrityError, match="does not fit this recipe"):
-        train(recipe=RECIPE, data=dataset, settings=[*SLOWER, "task.features=9"], name="undisturbed",
+        train(recipe=RECIPE, data=[dataset], settings=[*SLOWER, "task.features=9"], name="undisturbed",
               storage=str(storage), rebase=True)  # fmt: skip
     assert (storage / "undisturbed/run.json").read_bytes() == before
 
@@ -196,4 +196,4 @@ def test_best_needs_something_to_be_scored_on(photo_folder: Path, tmp_path: Path
     (tmp_path / "photos/train").symlink_to(photo_folder / "train")
     pack(str(tmp_path / "photos"), str(tmp_path / "out"), PackSettings(split="folder", min_side=64))
     with pytest.raises(ConfigError, match=r"run\.ship=best: needs a validation split"):
-        train(recipe=RECIPE, data=str(tmp_path / "out"), storage=str(tmp_path / "runs"))
+        train(recipe=RECIPE, data=[str(tmp_path / "out")], storage=str(tmp_path / "runs"))

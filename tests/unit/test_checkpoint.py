@@ -149,8 +149,8 @@ def test_every_start_is_kept(tmp_path: Path) -> None:
 def record(tmp_path: Path, **changes: object) -> RunRecord:
     base = RunRecord(
         name="mine", uri=str(tmp_path / "mine"), recipe="m:f", overrides=(), recipe_digest="a",
-        resolved={"task": {"features": 8}, "run": {"seed": 0}}, manifest="/data", manifest_digest="d", plan_digest="p",
-        tracking_uri="sqlite:///x", mlflow_run_id="", code_version="1",
+        resolved={"task": {"features": 8}, "run": {"seed": 0}}, datasets=("/data",), manifest_digest="d",
+        plan_digest="p", tracking_uri="sqlite:///x", mlflow_run_id="", code_version="1",
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayscale.data.mixture import open_mixture
 from rayscale.data.pairs import Render, check_block, pack, padded_shards, steps, unpack
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import MicroBatch, render_window
-from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, IntegrityError
 
 SETTINGS = DataSettings(hr_crop_px=24, micro_batch=2, virtual_shards=3, window_images=4, crops=2)
@@ -21,8 +21,8 @@ SETTINGS = DataSettings(hr_crop_px=24, micro_batch=2, virtual_shards=3, window_i
 
 @pytest.fixture
 def render(dataset: str) -> Render:
-    photos = open_split(dataset, "train")
-    return Render(photos, Plan(len(photos), SETTINGS), start_step=3, end_step=9, world_size=2)
+    photos = open_mixture((dataset,), "train")
+    return Render(photos, photos.plan(SETTINGS), start_step=3, end_step=9, world_size=2)
 
 
 def test_micro_batches_come_back_as_they_went_in(render: Render) -> None:
@@ -82,7 +82,7 @@ def test_a_block_beyond_its_bound_is_refused_with_the_figure(render: Render) -> 
     with pytest.raises(
         ConfigError, match=r"data\.window_images=16: x data\.crops=8 makes blocks of 120 MiB, beyond 64"
     ):
-        check_block(Plan(100, large))
+        check_block(Plan((100,), large))
 
 
 GROWTH = """

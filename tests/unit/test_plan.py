@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_permute_is_uniform_and_keyed() -> None:
 @given(st.integers(4, 23), st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_shows_every_image_exactly_once_per_crop(n: int, seed: int) -> None:
-    plan = Plan(n, replace(SMALL, seed=seed))
+    plan = Plan((n,), replace(SMALL, seed=seed))
     epochs = 3
     shown: dict[tuple[int, int, int], int] = {}
     windows = -(-epochs * n // (SMALL.window_images * SMALL.virtual_shards)) + 1
@@ -55,7 +56,7 @@ def test_every_epoch_shows_every_image_exactly_once_per_crop(n: int, seed: int) 
 
 
 def test_a_round_visits_every_image_before_the_next_begins() -> None:
-    window = Plan(50, SMALL).window(0, 0)
+    window = Plan((50,), SMALL).window(0, 0)
     per_round = SMALL.window_images // SMALL.micro_batch
     for k in range(SMALL.crops):
         entries = window.order[k * per_round : (k + 1) * per_round].ravel()
@@ -64,17 +65,17 @@ def test_a_round_visits_every_image_before_the_next_begins() -> None:
 
 
 def test_order_differs_between_rounds_epochs_and_seeds() -> None:
-    plan = Plan(12, SMALL)
+    plan = Plan((12,), SMALL)
     first, again = plan.window(0, 0), plan.window(1, 0)  # one epoch is one window of each shard here
     assert not np.array_equal(first.images, again.images)
-    assert not np.array_equal(first.images, Plan(12, replace(SMALL, seed=8)).window(0, 0).images)
+    assert not np.array_equal(first.images, Plan((12,), replace(SMALL, seed=8)).window(0, 0).images)
     rounds = [first.order[i : i + 2] // SMALL.crops for i in (0, 2, 4)]
     assert not (np.array_equal(rounds[0], rounds[1]) and np.array_equal(rounds[1], rounds[2]))
 
 
 def test_any_position_is_as_cheap_as_the_first() -> None:
     settings_ = replace(SMALL, micro_batch=8, window_images=64, crops=4, virtual_shards=16)
-    plan = Plan(1_000_000, settings_)
+    plan = Plan((1_000_000,), settings_)
 
     def cost(w: int) -> float:
         best = float("inf")
@@ -100,17 +101,17 @@ def test_samples_draw_from_their_identity() -> None:
 
 
 def test_digest_tells_apart_what_changes_the_sequence() -> None:
-    base = Plan(50, SMALL)
+    base = Plan((50,), SMALL)
     variants = [
-        Plan(51, SMALL),
-        *(Plan(50, replace(SMALL, **change)) for change in (
+        Plan((51,), SMALL),
+        *(Plan((50,), replace(SMALL, **change)) for change in (
             {"seed": 8}, {"crops": 2}, {"virtual_shards": 4}, {"hr_crop_px": 64}, {"flips": False},
             {"degradation": (Bicubic(scale=4),)}, {"degradation": (Bicubic(scale=2, border="mirror"),)},
         )),
     ]  # fmt: skip
     digests = {p.digest("photos") for p in [base, *variants]} | {base.digest("other photos")}
     assert len(digests) == len(variants) + 2
-    assert base.digest("photos") == Plan(50, replace(SMALL)).digest("photos")
+    assert base.digest("photos") == Plan((50,), replace(SMALL)).digest("photos")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,15 @@ def test_wrong_settings_are_named(change: dict[str, int], field: str) -> None:
 
 
 def test_fewer_images_than_a_window_are_refused_with_a_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"data\.window_images=4: .*this split has 3; pack more photos"):
-        Plan(3, SMALL)
+    with pytest.raises(
+        ConfigError, match=r"data\.window_images=4: a window takes 4 images of this split, which has 3.*pack more"
+    ):
+        Plan((3,), SMALL)
 
 
 def test_the_sequence_is_pinned() -> None:
     """A change of these numbers breaks the resume of every run there is: raise plan.VERSION with it."""
-    plan = Plan(23, SMALL)
+    plan = Plan((23,), SMALL)
     windows = [plan.window(w, v) for w, v in ((0, 0), (0, 2), (5, 1), (10**9, 0))]
     content = b"".join(np.ascontiguousarray(a, "<i8").tobytes() for window in windows for a in window)
     draws = sample_generator(7, 1, 2, 3)
@@ -142,3 +145,58 @@ def test_the_sequence_is_pinned() -> None:
     content += draws.standard_normal(8, np.float32).tobytes()
     found = hashlib.sha256(content).hexdigest()
     assert (VERSION, found) == (1, "a9b4cfd175eb2d99c51ca61ff0ea87de7b45dc5c0c160aff46278e3f58e4c0bf")
+
+
+MIXED = replace(SMALL, micro_batch=2, window_images=8, virtual_shards=2, crops=1, weights=(3, 1))
+
+
+@given(st.integers(6, 40), st.integers(4, 30), st.integers(0, 2**32), st.integers(0, 10**9))
+@settings(max_examples=40, deadline=None)
+def test_a_mixture_is_exact_at_any_position(first: int, second: int, seed: int, start: int) -> None:
+    """Of every 4 slots in turn 3 are of the first dataset; each goes through epochs of its own, every image once."""
+    plan = Plan((first, second), replace(MIXED, seed=seed))
+    windows = [plan.window(start + w, v) for w in range(max(first, second)) for v in range(2)]
+    images = np.concatenate([w.images for w in windows])
+    epochs = np.concatenate([w.epochs for w in windows])
+    of_second = images >= first
+    assert (of_second.reshape(-1, 4).sum(axis=1) == 1).all()
+    for of, size, low in ((~of_second, first, 0), (of_second, second, first)):
+        seen = images[of] - low
+        for epoch in np.unique(epochs[of])[1:-1]:  # those that lie in the range as a whole
+            assert np.array_equal(np.sort(seen[epochs[of] == epoch]), np.arange(size))
+    orders = {tuple(cycle) for cycle in of_second.reshape(-1, 4)}
+    assert len(orders) > 1, "the order within a cycle is drawn, too"
+    rows = [images_ for w in windows for images_ in w.images[w.order // plan.settings.crops]]
+    assert all(len(set(row.tolist())) == 2 for row in rows), "no image twice in a micro-batch"
+
+
+def test_weights_that_do_not_fit_the_datasets_are_refused() -> None:
+    for sizes, weights in (((9, 9), ()), ((9,), (3, 1)), ((9, 9), (3, 0)), ((9, 9), (10_000, 1))):
+        with pytest.raises(ConfigError, match=r"data\.weights=.*e\.g\. --set data\.weights=\[3,1\]"):
+            Plan(sizes, replace(MIXED, weights=weights))
+    with pytest.raises(ConfigError, match=r"data\.window_images=8: a window takes 8 images of this split, which has 2"):
+        Plan((2, 9), MIXED)
+
+
+@given(st.integers(17, 60), st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_substitutes_are_others_and_differ(n: int, w: int) -> None:
+    plan = Plan((n, n + 3), MIXED)
+    there = plan.window(w, 1)
+    for attempt in range(3):
+        others = plan.substitute(w, 1, attempt)
+        assert ((others < n) == (there.images < n)).all(), "of the same dataset"
+        of = there.images < n
+        if len(np.unique(there.epochs[of])) == 1:  # no seam of two epochs in this window
+            assert len(set(others[of].tolist())) == of.sum()
+            assert not set(others[of].tolist()) & set(there.images[of].tolist())
+
+
+def test_a_position_costs_no_memory() -> None:
+    plan = Plan((10**9,), replace(SMALL, micro_batch=8, window_images=64, virtual_shards=16))
+    tracemalloc.start()
+    for w in (0, 10**6, 10**12):
+        plan.window(w, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300_000

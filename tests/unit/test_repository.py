@@ -22,7 +22,7 @@ HOMES = {  # library -> the only files that may import it
     "mlflow": {"tracking.py", "registry/models.py"},
     "onnxruntime": {"artifact.py"},
     "ray.data": {"data/pairs.py"},
-    "ray.train": {"train/runner.py", "data/pairs.py"},
+    "ray.train": {"train/runner.py", "train/hooks.py", "data/pairs.py"},
     "ray.serve": {"serve/app.py"},
     "torch": {"task.py", "nn.py", "losses.py", "export.py", "evaluate.py", "cli/train.py", "tasks/*", "train/*"},
 }

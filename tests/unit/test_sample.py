@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rayscale.data.cut import check_sizes, cut
 from rayscale.data.degrade import Bicubic, apply
-from rayscale.data.plan import DataSettings, Plan, sample_generator
+from rayscale.data.mixture import open_mixture
+from rayscale.data.plan import DataSettings, sample_generator
 from rayscale.data.sample import render_window
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError
@@ -72,8 +73,8 @@ def test_flips_turn_both_halves_of_the_pair_alike() -> None:
 
 
 def test_rows_of_a_window_do_not_depend_on_where_one_starts(dataset: str) -> None:
-    photos = open_split(dataset, "train")
-    plan = Plan(len(photos), SETTINGS)
+    photos = open_mixture((dataset,), "train")
+    plan = photos.plan(SETTINGS)
     whole = list(render_window(photos, plan, 3, 1, 0, plan.rows))
     assert [b.step for b in whole] == list(range(3 * plan.rows, 4 * plan.rows))
     for first in range(plan.rows):
@@ -85,9 +86,9 @@ def test_rows_of_a_window_do_not_depend_on_where_one_starts(dataset: str) -> Non
 
 
 def test_a_seed_is_another_sequence(dataset: str) -> None:
-    photos = open_split(dataset, "train")
+    photos = open_mixture((dataset,), "train")
     first, other = (
-        next(render_window(photos, Plan(len(photos), replace(SETTINGS, seed=seed)), 0, 0, 0, 1)) for seed in (0, 1)
+        next(render_window(photos, photos.plan(replace(SETTINGS, seed=seed)), 0, 0, 0, 1)) for seed in (0, 1)
     )
     assert first.sha256 != other.sha256
 

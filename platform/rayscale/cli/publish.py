@@ -66,7 +66,7 @@ def publish(
     ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
     digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
     checkpoint = select(run, ship, recipe.run.best_metric, **digests)
-    suite = Suite(open_store(photos or record.manifest).uri, "test", recipe.data.degradation)
+    suite = Suite(open_store(photos or record.datasets[0]).uri, "test", recipe.data.degradation)
     run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
     check_disks(tracking_uri, model_bytes=2 * sum(entry.size for entry in open_store(checkpoint.uri).list()))
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +100,7 @@ def _prepare(
     lineage = Lineage(
         recipe=" ".join((record.recipe, *record.overrides)),
         recipe_digest=record.recipe_digest,
-        manifest=record.manifest,
+        manifest=" ".join(record.datasets),
         manifest_digest=record.manifest_digest,
         code_version=checkpoint.code_version,
         run_id=record.mlflow_run_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,8 @@ from rayscale import recipes
 from rayscale.cli.cluster import connect
 from rayscale.cli.disk import check_disks
 from rayscale.contract import code_version, digest, dumps
-from rayscale.data.plan import Plan
-from rayscale.data.shards import Photos, open_split
+from rayscale.data.mixture import Mixture, open_mixture
+from rayscale.data.pairs import DataPlacement
 from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
 from rayscale.evaluate import METRICS, Suite, baseline, sample_grid, score, torch_run
 from rayscale.observe import log
@@ -26,14 +26,21 @@ from rayscale.tracking import Tracker, default_uri, without_password
 from rayscale.tracking import connect as connect_mlflow
 from rayscale.train import checkpoint
 from rayscale.train.identity import claim, default_name, run_uri
+from rayscale.train.job import Job, Placement, Validation, check, check_disk
 from rayscale.train.record import RunRecord, write_run
-from rayscale.train.runner import Job, Placement, Validation, check, check_disk, check_resources
+from rayscale.train.runner import check_resources
 from rayscale.train.runner import train as run_to_end
 
 
 def train(
     recipe: Annotated[str, typer.Option(help="`module:function`; `rayscale recipes` lists them")],
-    data: Annotated[str, typer.Option(help="URI of a packed dataset, a folder or `s3://bucket/prefix`")] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URI of a packed dataset, a folder or `s3://bucket/prefix`; several are mixed, in the shares of "
+            "`--set data.weights=[3,1]`"
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="`path=value`, e.g. `run.total_images=8000`; may be repeated")
     ] = None,
@@ -41,9 +48,15 @@ def train(
     storage: Annotated[str, typer.Option(help="URI under which runs are kept; by default under RAYSCALE_HOME")] = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment")] = "rayscale",
     workers: Annotated[int, typer.Option(min=1, help="Train workers; a run may go on with another number")] = 1,
+    min_workers: Annotated[
+        int, typer.Option(min=0, help="Go on with as few while nodes are lost, and grow again; 0: wait for all")
+    ] = 0,
     cpus_per_worker: Annotated[float, typer.Option(help="CPUs that Ray reserves for each worker")] = 1.0,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs for each worker; 0 trains on CPUs")] = 0.0,
     threads: Annotated[int, typer.Option(help="torch threads a worker; 0: its share of the node's cores")] = 0,
+    data_nodes: Annotated[
+        list[str] | None, typer.Option(help="`label=value` of the nodes that prepare data, e.g. those without a GPU")
+    ] = None,
     new: Annotated[bool, typer.Option("--new", help="Take a new name where this one is taken")] = False,
     rebase: Annotated[bool, typer.Option("--rebase", help="Go on from its weights with an edited recipe")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop")] = False,
@@ -59,13 +72,18 @@ def train(
         return {"recipe": recipe, "recipe_digest": digest(recipes.resolved(chosen)), "dry_run": True}
     if not data:
         raise MissingError("--data", "(missing)", "training needs a packed dataset", "pack one with jobs/ingest.py")
-    photos = open_split(data, "train")
+    photos = open_mixture(data, "train")
     job = _job(
         chosen,
         _identify(recipe, tuple(settings or ()), chosen, photos, name, storage),
         photos,
         Placement(
-            num_workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, threads=threads
+            num_workers=workers,
+            min_workers=min_workers,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+            threads=threads,
+            data=DataPlacement(node_labels=_labels(data_nodes or ())),
         ),
     )
     check(job)
@@ -94,6 +112,13 @@ def train(
     return _result(job.record, metrics)
 
 
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    for text in given:
+        if not all(text.partition("=")):
+            raise ConfigError("--data-nodes", text, "must be label=value", "e.g. --data-nodes role=data")
+    return dict(text.split("=", 1) for text in given)
+
+
 def _close(job: Job, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
     """End the MLflow run; where MLflow is away, what happened to the training matters more."""
     try:
@@ -104,10 +129,10 @@ def _close(job: Job, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
 
 
 def _identify(
-    recipe: str, overrides: tuple[str, ...], chosen: Recipe, photos: Photos, name: str, storage: str
+    recipe: str, overrides: tuple[str, ...], chosen: Recipe, photos: Mixture, name: str, storage: str
 ) -> RunRecord:
     resolved = recipes.resolved(chosen)
-    name = name or default_name(recipe, digest(resolved), photos.manifest.digest)
+    name = name or default_name(recipe, digest(resolved), photos.digest)
     return RunRecord(
         name=name,
         uri=run_uri(storage or str(home() / "runs"), name),
@@ -115,18 +140,19 @@ def _identify(
         overrides=overrides,
         recipe_digest=digest(resolved),
         resolved=json.loads(dumps(resolved)),
-        manifest=photos.uri,
-        manifest_digest=photos.manifest.digest,
-        plan_digest=Plan(len(photos), chosen.data).digest(photos.digest),
+        datasets=tuple(part.uri for part in photos.parts),
+        manifest_digest=photos.digest,
+        plan_digest=photos.plan(chosen.data).digest(photos.digest),
         tracking_uri=without_password(default_uri()),
         mlflow_run_id="",
         code_version=code_version(),
     )
 
 
-def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement) -> Job:
+def _job(chosen: Recipe, record: RunRecord, photos: Mixture, placement: Placement) -> Job:
+    scored = next((part for part in photos.parts if part.manifest.counts.get("validation")), None)
     suite = Suite(
-        photos_uri=photos.uri,
+        photos_uri=(scored or photos.parts[0]).uri,
         split="validation",
         degradation=chosen.data.degradation,
         max_images=chosen.run.validate_on_images,
@@ -136,7 +162,7 @@ def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement
         raise ConfigError(
             "run.best_metric", chosen.run.best_metric, "no such metric", nearest(chosen.run.best_metric, METRICS)
         )
-    validate = Validator(suite) if photos.manifest.counts.get("validation") else None
+    validate = Validator(suite) if scored else None
     if validate is None:
         log.warning("%s has no validation split: no scores while training", photos.uri)
     return Job(
@@ -151,7 +177,7 @@ def _job(chosen: Recipe, record: RunRecord, photos: Photos, placement: Placement
     )
 
 
-def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Recipe, photos: Photos) -> RunRecord:
+def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Recipe, photos: Mixture) -> RunRecord:
     """The record with its MLflow run, which holds the recipe and the lineage before the first step."""
     write_run(record)  # first: where the storage takes nothing, MLflow hears of no run
     tracker = Tracker.start(
@@ -169,7 +195,8 @@ def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Reci
     write_run(record)
     tracker.params(recipes.resolved(chosen))
     tracker.text(dumps(recipes.resolved(chosen)), "recipe.json")
-    tracker.dataset("train", photos.uri, photos.digest)
+    for part in photos.parts:
+        tracker.dataset("train", part.uri, part.digest)
     tracker.flush()
     return record
 

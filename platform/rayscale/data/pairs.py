@@ -8,8 +8,8 @@ turn, so worker r holds the shards r, r + n, ... of V. Spare blocks (where n doe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ import ray.data
 from numpy.typing import NDArray
 from ray.train import DataConfig
 
+from rayscale.data.mixture import Mixture
 from rayscale.data.plan import Plan
 from rayscale.data.sample import MicroBatch, render_window
-from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError, IntegrityError
 
 BLOCK_BYTES_MAX = 64 << 20  # a larger block stalls the object store; lower window_images or crops
@@ -50,7 +50,7 @@ def check_block(plan: Plan) -> None:
 class Render:
     """The map function: block number -> one table of micro-batches. Pure, so a lost task is just repeated."""
 
-    photos: Photos
+    photos: Mixture
     plan: Plan
     start_step: int
     end_step: int
@@ -76,13 +76,29 @@ class Render:
         return pack(MicroBatch(w * rows + r, v, {}, none, b"", 0.0) for r in range(first, last))
 
 
-def training_data(render: Render, memory_budget: int = MEMORY_BUDGET) -> ray.data.Dataset:
+@dataclass(frozen=True, kw_only=True)
+class DataPlacement:
+    """Where the data work of a run is done, and in how much memory."""
+
+    memory_budget: int = MEMORY_BUDGET  # bytes of the object store
+    tasks: int | None = None  # at once, at most; None: as many as there are CPUs
+    node_labels: Mapping[str, str] = field(default_factory=dict)  # only on nodes with these labels: CPU nodes, say
+
+
+def training_data(render: Render, placement: DataPlacement | None = None) -> ray.data.Dataset:
     """The ordered stream of blocks; `streaming_split(world_size, equal=True)` deals them out."""
+    placement = placement or DataPlacement()
     dataset = ray.data.range(render.num_blocks, override_num_blocks=render.num_blocks)
-    dataset = dataset.map_batches(render, batch_size=None, batch_format="numpy", num_cpus=1)
+    dataset = dataset.map_batches(
+        render,
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=1,
+        label_selector=dict(placement.node_labels) or None,
+    )
     context = dataset.context
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=memory_budget)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=placement.memory_budget)
     context.target_min_block_size = 1  # never merge blocks
     context.target_max_block_size = 2 * BLOCK_BYTES_MAX  # never cut one
     context.enable_progress_bars = False  # the training run shows its own
@@ -93,16 +109,24 @@ def training_data(render: Render, memory_budget: int = MEMORY_BUDGET) -> ray.dat
 class PlanDataConfig(DataConfig):  # type: ignore[misc]
     """Positions the stream when the workers ask for it: after rank 0 chose its checkpoint, for any world size."""
 
-    def __init__(self, photos: Photos, plan: Plan, end_step: int, read_position: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        photos: Mixture,
+        plan: Plan,
+        end_step: int,
+        read_position: Callable[[], int],
+        placement: DataPlacement | None = None,
+    ) -> None:
         super().__init__(enable_shard_locality=False)
         self._photos, self._plan, self._end_step, self._read_position = photos, plan, end_step, read_position
+        self._placement = placement
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> list[dict[str, ray.data.DataIterator]]:
         """One iterator a worker. Whatever `datasets` holds is a placeholder: the plan decides."""
         render = Render(self._photos, self._plan, self._read_position(), self._end_step, world_size)
-        splits = training_data(render).streaming_split(world_size, equal=True)
+        splits = training_data(render, self._placement).streaming_split(world_size, equal=True)
         return [dict.fromkeys(datasets, split) for split in splits]
 
 
@@ -143,6 +167,7 @@ def pack(batches: Iterator[MicroBatch]) -> pa.Table:
         "sha256": pa.array([b.sha256 for b in given], pa.binary()),
         "ids": pa.array([b.ids.tobytes() for b in given], pa.binary()),
         "layout": pa.array([json.dumps(shape) for shape in layout], pa.string()),
+        "damaged": pa.array([json.dumps(b.damaged) for b in given], pa.string()),
     }
     for name in names:
         columns[name] = _binary([b.tensors.get(name, np.zeros(0, np.uint8)) for b in given])
@@ -170,4 +195,5 @@ def unpack(table: pa.Table, row: int) -> MicroBatch:
         ids=raw("ids", np.int64).reshape(-1, 3),
         sha256=table.column("sha256")[row].as_py(),
         weight=table.column("weight")[row].as_py(),
+        damaged=tuple((key, reason) for key, reason in json.loads(table.column("damaged")[row].as_py())),
     )

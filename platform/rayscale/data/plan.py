@@ -1,9 +1,11 @@
 """The order of everything: pure integer functions of (seed, position). No state, no memory that grows.
 
 An endless sequence of *slots* runs through the epochs; slot `i` holds image `permutation(i % N)` of epoch
-`i // N`. Slots are cut into *windows* of G images, dealt in turn to V virtual shards. A window's images are
-decoded once and give K crops each, in K rounds: a round visits every image of the window once, in an order of
-its own, cut into micro-batches of b. The global step is V micro-batches, one of every virtual shard:
+`i // N`. Of several datasets, each cycle of `sum(weights)` slots holds exactly `weights[j]` of dataset j, in an
+order of its own, and each dataset runs through epochs of its own. Slots are cut into *windows* of G images, dealt
+in turn to V virtual shards. A window's images are decoded once and give K crops each, in K rounds: a round visits
+every image of the window once, in an order of its own, cut into micro-batches of b. The global step is V
+micro-batches, one of every virtual shard:
 
     position (one integer) = global step s -> window w = s // R, row r = s % R, R = G * K / b
     micro-batch (s, v) = row r of the window w of virtual shard v
@@ -28,7 +30,7 @@ U64 = NDArray[np.uint64]
 
 VERSION = 1  # of the arithmetic below: another number is another sequence
 
-_SAMPLE, _ORDER, _EPOCH = 1, 2, 3  # domains: one generator is never asked for two different things
+_SAMPLE, _ORDER, _EPOCH, _MIXTURE = 1, 2, 3, 4  # domains: one generator is never asked for two different things
 _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _ROUNDS = 6
 
@@ -45,6 +47,7 @@ class DataSettings:
     window_images: int = 16  # G, images decoded once
     crops: int = 4  # K, crops of each of them
     seed: int = 0
+    weights: tuple[int, ...] = ()  # shares of several datasets: of 4 samples, (3, 1) takes 3 of the first
 
     def __post_init__(self) -> None:
         for name in ("hr_crop_px", "micro_batch", "virtual_shards", "window_images", "crops"):
@@ -76,6 +79,9 @@ class DataSettings:
         return self.micro_batch * self.virtual_shards
 
 
+CYCLE_MAX = 10_000  # sum of the weights: the work for one position grows with it
+
+
 class Window(NamedTuple):
     """One window of one virtual shard: `epochs` and `images` [G]; `order` [R, b] of (slot in the window) * K + crop."""
 
@@ -86,20 +92,37 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of one run over `num_images` images."""
+    """The arithmetic of one run over datasets of `sizes` images, numbered through: the second one's go on after those
+    of the first."""
 
-    num_images: int
+    sizes: tuple[int, ...]
     settings: DataSettings
 
     def __post_init__(self) -> None:
-        if self.num_images < self.settings.window_images:
-            s = self.settings
-            raise ConfigError(
-                "data.window_images",
-                s.window_images,
-                f"a window holds each image once and this split has {self.num_images}",
-                f"pack more photos, or lower it (and data.micro_batch={s.micro_batch} to half of it)",
-            )
+        s, cycle = self.settings, sum(self.weights)
+        if len(self.weights) != len(self.sizes) or min(self.weights) < 1 or cycle > CYCLE_MAX:
+            rule = f"needs a share of at least 1 for each of the {len(self.sizes)} datasets, {CYCLE_MAX} together"
+            raise ConfigError("data.weights", s.weights, rule, "e.g. --set data.weights=[3,1] for two")
+        rows = s.window_images // s.micro_batch
+        for size, weight in zip(self.sizes, self.weights, strict=True):
+            slots = min(s.window_images, (s.window_images // cycle + 2) * weight)
+            if not size or -(-slots // size) + 1 > rows:  # an image may come once in each micro-batch of a round
+                raise ConfigError(
+                    "data.window_images",
+                    s.window_images,
+                    f"a window takes {slots} images of this split, which has {size}: too few to keep them apart",
+                    f"pack more photos, or lower it (and data.micro_batch={s.micro_batch} to half of it)",
+                )
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The share of each dataset."""
+        return self.settings.weights or (1,)
+
+    @property
+    def num_images(self) -> int:
+        """Of all datasets together."""
+        return sum(self.sizes)
 
     @property
     def rows(self) -> int:
@@ -109,26 +132,63 @@ class Plan:
 
     def digest(self, photos: str) -> str:
         """Identity of the sequence over the photos with that digest: equal digests, equal global batches."""
-        return digest({"version": VERSION, "photos": photos, "num_images": self.num_images, "settings": self.settings})
+        return digest({"version": VERSION, "photos": photos, "sizes": self.sizes, "settings": self.settings})
 
     def window(self, w: int, v: int) -> Window:
         """Window `w` of virtual shard `v`, O(window) work at any position."""
         s = self.settings
         index = w * s.virtual_shards + v
-        slots = np.arange(s.window_images, dtype=np.int64) + index * s.window_images
-        epochs = slots // self.num_images
-        images = np.empty_like(slots)
-        for epoch in np.unique(epochs):
-            of = epochs == epoch
-            images[of] = permute(slots[of] % self.num_images, self.num_images, _key(s.seed, int(epoch)))
+        epochs, images = self._images(*self._dealt(index))
         order = np.concatenate([self._round(index, k, images) for k in range(s.crops)])
         return Window(epochs, images, order)
+
+    def substitute(self, w: int, v: int, attempt: int) -> I64:
+        """Other images for the slots of a window [G], each for one that cannot be read; a new choice each attempt.
+
+        Half an epoch further on in the same dataset: no image of this window, and no two slots get the same one.
+        """
+        sources, local = self._dealt(w * self.settings.virtual_shards + v)
+        sizes = np.array(self.sizes)[sources]
+        epochs = local // sizes
+        moved = epochs * sizes + (local + sizes // 2 + attempt) % sizes
+        return self._images(sources, moved)[1]
+
+    def _dealt(self, index: int) -> tuple[I64, I64]:
+        """(dataset, slot of that dataset's own sequence) for the slots of window number `index`, both [G]."""
+        size, cycle = self.settings.window_images, sum(self.weights)
+        slots = np.arange(size, dtype=np.int64) + index * size
+        if len(self.sizes) == 1:
+            return np.zeros_like(slots), slots
+        sources, local = np.empty_like(slots), np.empty_like(slots)
+        weights = np.array(self.weights)
+        for number in np.unique(slots // cycle):
+            rng = philox(self.settings.seed, _MIXTURE, int(number), 0, 0)
+            dealt = rng.permutation(np.repeat(np.arange(len(weights)), weights))
+            rank = np.empty_like(dealt)  # how many of the same dataset came before, in this cycle
+            rank[np.argsort(dealt, kind="stable")] = np.concatenate([np.arange(weight) for weight in weights])
+            of = slots // cycle == number
+            place = slots[of] % cycle
+            sources[of] = dealt[place]
+            local[of] = number * weights[dealt[place]] + rank[place]
+        return sources, local
+
+    def _images(self, sources: I64, local: I64) -> tuple[I64, I64]:
+        """(epoch, image) at slots of the datasets' own sequences."""
+        sizes, first = np.array(self.sizes), np.cumsum([0, *self.sizes])
+        epochs = local // sizes[sources]
+        images = np.empty_like(local)
+        for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
+            of = (sources == source) & (epochs == epoch)
+            size, key = self.sizes[source], _key(self.settings.seed, epoch, source)
+            images[of] = first[source] + permute(local[of] % size, size, key)
+        return epochs, images
 
     def _round(self, index: int, crop: int, images: I64) -> I64:
         """One round: [G / b, b] entries, each image once, no image twice in a micro-batch.
 
-        A window over the seam of two epochs may hold an image twice. Sorted by a random key per *image*, its
-        copies are neighbours, and dealing the sorted slots in turn puts neighbours into different micro-batches.
+        A window over the seam of two epochs may hold an image twice, one of a small dataset more often. Sorted by a
+        random key per *image*, its copies are neighbours, and dealing the sorted slots in turn puts neighbours into
+        different micro-batches.
         """
         s = self.settings
         rng = philox(s.seed, _ORDER, index, crop, 0)
@@ -166,8 +226,8 @@ def permute(positions: I64, n: int, key: int) -> I64:
     return x.astype(np.int64)
 
 
-def _key(seed: int, epoch: int) -> int:
-    return int(philox(seed, _EPOCH, epoch, 0, 0).integers(0, 2**60))
+def _key(seed: int, epoch: int, source: int) -> int:
+    return int(philox(seed, _EPOCH, epoch, source, 0).integers(0, 2**60))
 
 
 def _hash(x: U64) -> U64:

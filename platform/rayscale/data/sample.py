@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rayscale.data.cut import cut
+from rayscale.data.mixture import Mixture
 from rayscale.data.plan import I64, Plan, sample_generator
-from rayscale.data.shards import Photos
+from rayscale.errors import ImageError, RayscaleError
 from rayscale.imaging import U8, decode_rgb
+
+SUBSTITUTES = 16  # photos tried in the place of a damaged one
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class MicroBatch:
     ids: I64  # [b, 3]: epoch, image, crop
     sha256: bytes  # of ids and tensors
     weight: float = 1.0
+    damaged: tuple[tuple[str, str], ...] = ()  # (key, reason) of photos of it that another one stands in for
 
     def checksum(self) -> bytes:
         """SHA-256 over ids and tensors, in the order of their names."""
@@ -33,23 +37,53 @@ class MicroBatch:
         return total.digest()
 
 
-def render_window(photos: Photos, plan: Plan, w: int, v: int, first_row: int, last_row: int) -> Iterator[MicroBatch]:
-    """Rows [first_row, last_row) of window `w` of virtual shard `v`: read once, decoded once, all crops cut."""
+def render_window(photos: Mixture, plan: Plan, w: int, v: int, first_row: int, last_row: int) -> Iterator[MicroBatch]:
+    """Rows [first_row, last_row) of window `w` of virtual shard `v`: read once, decoded once, all crops cut.
+
+    In the place of a photo that is damaged stands another one, chosen by the plan: counts and order never change, and
+    the choice depends on nothing but the plan and which photos are damaged.
+    """
     s = plan.settings
     window = plan.window(w, v)
     rows = window.order[first_row:last_row]
     wanted = np.unique(rows // s.crops)  # slots of the window that these rows touch
     crops_of = {int(slot): np.unique(rows[rows // s.crops == slot] % s.crops) for slot in wanted}
     cuts: dict[int, dict[str, U8]] = {}
-    for slot, data in zip(wanted, photos.read(window.images[wanted]), strict=True):
+    damaged: dict[int, tuple[str, str]] = {}
+    for slot, data in zip(wanted.tolist(), photos.read_each(window.images[wanted]), strict=True):
         image = int(window.images[slot])
-        photo = decode_rgb(data, name=str(photos.keys[image]))
-        for crop in crops_of[int(slot)]:
+        photo = _decoded(data)
+        if isinstance(photo, RayscaleError):
+            damaged[slot] = (photos.key(image), photo.rule)
+            photo = _substitute(photos, plan, w, v, slot, photo)
+        for crop in crops_of[slot]:
             rng = sample_generator(s.seed, int(window.epochs[slot]), image, int(crop))
-            cuts[int(slot) * s.crops + int(crop)], _ = cut(photo, s, rng)
+            cuts[slot * s.crops + int(crop)], _ = cut(photo, s, rng)
     for r, row in enumerate(rows, first_row):
         slots, crops = row // s.crops, row % s.crops
         tensors = {name: np.stack([cuts[int(e)][name] for e in row]) for name in cuts[int(row[0])]}
         ids = np.stack([window.epochs[slots], window.images[slots], crops], axis=1).astype(np.int64)
-        batch = MicroBatch(w * plan.rows + r, v, tensors, ids, b"")
-        yield MicroBatch(batch.step, v, tensors, ids, batch.checksum())
+        bad = tuple(damaged[slot] for slot in slots.tolist() if slot in damaged)
+        batch = MicroBatch(w * plan.rows + r, v, tensors, ids, b"", damaged=bad)
+        yield replace(batch, sha256=batch.checksum())
+
+
+def _decoded(data: bytes | RayscaleError) -> U8 | RayscaleError:
+    if isinstance(data, RayscaleError):
+        return data
+    try:
+        return decode_rgb(data)
+    except ImageError as error:
+        return error
+
+
+def _substitute(photos: Mixture, plan: Plan, w: int, v: int, slot: int, error: RayscaleError) -> U8:
+    """A sound photo for a slot. Raises: `error`, where several others are damaged as well."""
+    there = plan.window(w, v).images
+    for attempt in range(SUBSTITUTES):
+        image = plan.substitute(w, v, attempt)[slot]
+        if image not in there:
+            photo = _decoded(photos.read_each(np.array([image]))[0])
+            if not isinstance(photo, RayscaleError):
+                return photo
+    raise error

@@ -43,6 +43,7 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     channels_last: bool = True
+    damage_budget: float = 0.001  # share of the photos that may be damaged, each replaced by another one
     verify_batches: bool = False  # recompute the checksum of every micro-batch that arrives
 
     def __post_init__(self) -> None:
@@ -75,8 +76,8 @@ class State:
 class Hooks(Protocol):
     """What happens around the steps, on every rank; see `runner.py`."""
 
-    def stepped(self, images_seen: int) -> None:
-        """After every step; must cost nothing."""
+    def stepped(self, images_seen: int) -> bool:
+        """After every step; must cost nothing. True, on all ranks, asks for a checkpoint at once."""
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Metrics, averaged over the images since the last call and over all ranks."""
@@ -145,7 +146,7 @@ def fit(
 
     last_step = settings.total_steps(global_batch)
     meter = _Meter(device)
-    kept = state.step  # upkeep of the starting point was done, or there is nothing to keep yet
+    kept, urgent = state.step, False  # upkeep of the starting point was done, or there is nothing to keep yet
     while True:
         # Upkeep first: at any step that crossed an interval since the last upkeep, and at the end.
         seen, before = state.step * global_batch, kept * global_batch
@@ -159,7 +160,7 @@ def fit(
                 }
                 hooks.log(seen, meter.read(seen, global_batch) | rates)
             validate = done or _crossed(before, seen, settings.validate_every_images)
-            if validate or _crossed(before, seen, settings.checkpoint_every_images):
+            if validate or urgent or _crossed(before, seen, settings.checkpoint_every_images):
                 unwrapped = {name: unwrap(net) for name, net in state.nets.items()}
                 meter.check(seen, unwrapped)  # no score and no checkpoint of a diverged state
                 scores = hooks.validate(seen, unwrapped) if validate else {}
@@ -205,7 +206,7 @@ def fit(
         state.seen_batches += [(b.step, b.shard, b.sha256.hex()) for b in given if b.weight > 0]
         state.step += 1
         meter.steps += 1
-        hooks.stepped(state.step * global_batch)
+        urgent = hooks.stepped(state.step * global_batch)
 
 
 class _Meter:
@@ -300,7 +301,7 @@ def _to_device(
         )
     tensors = {}
     for name, array in (batch.tensors or spare.tensors).items():
-        picture = torch.tensor(array, device=device).permute(0, 3, 1, 2)  # NHWC in memory: channels_last already
+        picture = torch.tensor(array, device=device).movedim(-1, -3)  # NHWC in memory: channels_last already
         picture = picture.to(torch.float32, memory_format=torch.preserve_format).div_(255.0)
         tensors[name] = picture if settings.channels_last else picture.contiguous()
     return Batch(tensors, images_seen)

@@ -24,7 +24,7 @@ class RunRecord:
     overrides: tuple[str, ...]
     recipe_digest: str
     resolved: Mapping[str, Any]  # the whole recipe, to show what was edited
-    manifest: str  # URI
+    datasets: tuple[str, ...]  # URIs
     manifest_digest: str
     plan_digest: str
     tracking_uri: str
