@@ -66,9 +66,8 @@ def dataset(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str
 def planned_chains(dataset: str) -> Callable[[str, Sequence[str]], dict[int, str]]:
     """(recipe, settings) -> {images seen: chain}, from the plan alone, without Ray, workers or checkpoints."""
     from rayscale import recipes
-    from rayscale.data.plan import Plan
-    from rayscale.data.sample import render_window
     from rayscale.data.mixture import open_mixture
+    from rayscale.data.sample import render_window
 
     def compute(reference: str, settings: Sequence[str]) -> dict[int, str]:
         recipe = recipes.load(reference, settings)

@@ -1,0 +1,103 @@
+"""A node lost in the middle of a run, with and without notice: fewer workers go on with the same sequence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = "rayscale.recipes.compact:tiny"
+SETTINGS = ["run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96", "task.optimizer.learning_rate=0.0003"]
+TOTAL, EVERY = 2048, 256
+
+# A cluster of two raylets, in a process of its own: two clusters in one process do not work.
+PROGRAM = """
+import json, sys, threading, time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+dataset, storage, how, recipe, *settings = sys.argv[1:]
+EVERY = 256
+health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "_system_config": health})
+lost = cluster.add_node(num_cpus=3, object_store_memory=200 << 20)
+ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+told = []
+
+def committed():
+    found = Path(storage).glob("*/checkpoint_*/checkpoint.json")
+    return sorted(json.loads(file.read_text())["images_seen"] for file in found)
+
+def watch():
+    while len(committed()) < 2:
+        time.sleep(0.05)
+    time.sleep(0.3)  # into the steps after it
+    if how == "notice":
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline = int(time.time() * 1000) + 60_000
+        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        GcsClient(address=cluster.address).drain_node(lost.node_id, reason, "", deadline)
+        told.append(committed())
+        while not [images for images in committed() if images % EVERY]:
+            time.sleep(0.05)
+    told.append(committed())
+    cluster.remove_node(lost, allow_graceful=False)  # SIGKILL
+
+threading.Thread(target=watch, daemon=True).start()
+from rayscale.cli.train import train
+from rayscale.train import checkpoint
+from rayscale.train.record import read_position
+
+result = train(recipe=recipe, data=[dataset], settings=settings, name="run", storage=storage,
+               workers=2, min_workers=1, cpus_per_worker=2, threads=1)
+print(json.dumps({
+    "chain": result["chain"],
+    "starts": [(start.step, start.world_size) for start in read_position(result["run_uri"]).starts],
+    "checkpoints": sorted((c.images_seen, c.chain) for c in checkpoint.checkpoints(result["run_uri"])),
+    "told": told,
+}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def run(how: str, dataset: str, storage: Path) -> dict[str, Any]:
+    settings = [*SETTINGS, f"run.total_images={TOTAL}"]
+    command = [sys.executable, "-c", PROGRAM, dataset, str(storage), how, RECIPE, *settings]
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("how", ["killed", "notice"])
+def test_fewer_workers_go_on_where_a_node_is_lost(
+    how: str, dataset: str, tmp_path: Path, planned_chains: Callable[[str, Sequence[str]], dict[int, str]]
+) -> None:
+    found = run(how, dataset, tmp_path)
+    planned = planned_chains(RECIPE, [*SETTINGS, f"run.total_images={TOTAL}"])
+    assert found["chain"] == planned[TOTAL]
+    starts = [tuple(start) for start in found["starts"]]
+    assert starts[0] == (0, 2)
+    assert starts[-1][1] == 1, "one worker went on"
+    for images, chain in found["checkpoints"]:  # each committed (step, micro-batch) once, in order
+        assert chain == planned[images]
+    saved = found["told"][-1]
+    assert starts[-1][0] == saved[-1] // 8, "from the newest checkpoint"
+    if how == "notice":
+        asked, made = found["told"]
+        extra = [images for images in made if images % EVERY]
+        assert len(extra) == 1, "a checkpoint between two regular ones, made on the notice"
+        assert extra[0] - asked[-1] <= 2 * EVERY
