@@ -154,7 +154,15 @@ def test_classic_test_sets_to_the_bit(eval_data: Path) -> None:
     assert exact == {"replicate": 57, "mirror": 0}
 
 
-@pytest.mark.parametrize("operators", [(Bicubic(2),), (Bicubic(3),), (Bicubic(4, "mirror"),), (Bicubic(2), Bicubic(2))])
+@pytest.mark.parametrize(
+    "operators",
+    [
+        (Bicubic(scale=2),),
+        (Bicubic(scale=3),),
+        (Bicubic(scale=4, border="mirror"),),
+        (Bicubic(scale=2), Bicubic(scale=2)),
+    ],
+)
 def test_a_crop_with_its_margin_is_cut_from_the_degraded_photo(operators: tuple[Bicubic, ...]) -> None:
     photo, scale = noise(96, 96), scale_of(operators)
     whole, _ = apply(operators, photo, np.random.default_rng(0))
@@ -174,7 +182,7 @@ def test_a_crop_with_its_margin_is_cut_from_the_degraded_photo(operators: tuple[
 
 def test_apply_reports_what_was_done_and_draws_nothing() -> None:
     rng = np.random.default_rng(7)
-    lr, drawn = apply((Bicubic(2), Bicubic(3)), noise(12, 18), rng)
+    lr, drawn = apply((Bicubic(scale=2), Bicubic(scale=3)), noise(12, 18), rng)
     assert lr.shape == (2, 3, 3)
     assert drawn == ({"name": "bicubic"}, {"name": "bicubic"})
     assert rng.bit_generator.state == np.random.default_rng(7).bit_generator.state
@@ -182,24 +190,24 @@ def test_apply_reports_what_was_done_and_draws_nothing() -> None:
 
 def test_scale_one_changes_nothing() -> None:
     picture = noise(9, 7)
-    lr, _ = apply((Bicubic(1),), picture, np.random.default_rng(0))
+    lr, _ = apply((Bicubic(scale=1),), picture, np.random.default_rng(0))
     np.testing.assert_array_equal(lr, picture)
-    assert margin_px((Bicubic(1),)) == 0
+    assert margin_px((Bicubic(scale=1),)) == 0
     assert margin_px(()) == 0
 
 
 def test_operators_survive_json() -> None:
-    assert loads(Bicubic, dumps(Bicubic(3, "mirror")), "operator") == Bicubic(3, "mirror")
-    assert digest((Bicubic(2),)) != digest((Bicubic(2, "mirror"),))
+    assert loads(Bicubic, dumps(Bicubic(scale=3, border="mirror")), "operator") == Bicubic(scale=3, border="mirror")
+    assert digest((Bicubic(scale=2),)) != digest((Bicubic(scale=2, border="mirror"),))
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match=r"bicubic.scale=0: must be at least 1"):
-        Bicubic(0)
+        Bicubic(scale=0)
     with pytest.raises(ConfigError, match=r"bicubic.border=reflect"):
-        Bicubic(2, "reflect")  # type: ignore[arg-type]
+        Bicubic(scale=2, border="reflect")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"hr=9x8: sides must be multiples of 2"):
-        apply((Bicubic(2),), noise(8, 9), np.random.default_rng(0))
+        apply((Bicubic(scale=2),), noise(8, 9), np.random.default_rng(0))
     with pytest.raises(ConfigError, match=r"size=4x0"):
         resize_bicubic(noise(8, 8), 0, 4, border="replicate")
 

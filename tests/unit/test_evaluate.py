@@ -34,7 +34,7 @@ SET5 = Path(__file__).parents[3] / "shared" / "data" / "eval" / "Set5"
 
 @pytest.fixture(scope="module")
 def suite(dataset: str) -> Suite:
-    return Suite(dataset, "train", (Bicubic(2),), max_images=4)
+    return Suite(dataset, "train", (Bicubic(scale=2),), max_images=4)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_figures_are_those_of_an_independent_implementation(suite: Suite, bicubi
 @pytest.mark.parametrize(("scale", "published"), [(2, 33.66), (3, 30.39), (4, 28.42)])
 def test_bicubic_on_set5_is_the_published_figure(scale: int, published: float, tmp_path: Path) -> None:
     photos = {p.stem: decode_rgb(p.read_bytes()) for p in (SET5 / f"x{scale}").glob("*_HR.png")}
-    suite = Suite(pack_photos(tmp_path, photos), "test", (Bicubic(scale),))
+    suite = Suite(pack_photos(tmp_path, photos), "test", (Bicubic(scale=scale),))
     scores = score(baseline(scale), suite, "bicubic")
     assert len(scores.keys) == 5
     assert scores.mean("psnr_y") == pytest.approx(published, abs=0.02)  # papers differ by 0.02 among themselves
@@ -117,7 +117,7 @@ def test_a_perfect_picture_has_finite_scores(suite: Suite) -> None:
 def test_pictures_that_are_not_finite_score_nan_and_pass_no_gate(tmp_path: Path) -> None:
     photos = np.random.default_rng(0).integers(8, 255, (3, 32, 32, 3), np.uint8)
     photos[1, :8, :8] = 7
-    suite = Suite(pack_photos(tmp_path, dict(zip("abc", photos, strict=True))), "test", (Bicubic(2),))
+    suite = Suite(pack_photos(tmp_path, dict(zip("abc", photos, strict=True))), "test", (Bicubic(scale=2),))
     broken = torch_run(Sevens(), torch.device("cpu"))
     scores, base = score(broken, suite, "x"), score(baseline(2), suite, "bicubic")
     for values in scores.metrics.values():
@@ -148,7 +148,7 @@ def test_a_model_of_another_scale_is_refused(suite: Suite) -> None:
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_pairs_are_cut_to_the_scale_and_never_change(dataset: str, scale: int) -> None:
-    suite = Suite(dataset, "train", (Bicubic(scale),), max_images=5)
+    suite = Suite(dataset, "train", (Bicubic(scale=scale),), max_images=5)
     first, second = list(pairs(suite)), list(pairs(suite))
     sides = open_split(dataset, "train")
     for a, b in zip(first, second, strict=True):
@@ -162,7 +162,7 @@ def test_pairs_are_cut_to_the_scale_and_never_change(dataset: str, scale: int) -
 
 
 def test_limits_choose_evenly_and_cut_the_centre(dataset: str) -> None:
-    whole = Suite(dataset, "train", (Bicubic(2),))
+    whole = Suite(dataset, "train", (Bicubic(scale=2),))
     every = list(pairs(whole))
     assert len(every) == len(open_split(dataset, "train")) == 12
     chosen = [pair.key for pair in pairs(replace(whole, max_images=3))]
@@ -175,7 +175,7 @@ def test_limits_choose_evenly_and_cut_the_centre(dataset: str) -> None:
 
 
 def test_the_digest_is_of_content_and_choice_not_of_place(dataset: str, photo_folder: Path, tmp_path: Path) -> None:
-    suite = Suite(dataset, "train", (Bicubic(2),), max_images=4)
+    suite = Suite(dataset, "train", (Bicubic(scale=2),), max_images=4)
     shutil.copytree(dataset, tmp_path / "moved")
     assert replace(suite, photos_uri=str(tmp_path / "moved")).digest == suite.digest
     fewer = tmp_path / "fewer"
@@ -185,8 +185,8 @@ def test_the_digest_is_of_content_and_choice_not_of_place(dataset: str, photo_fo
     others = [
         replace(suite, photos_uri=str(fewer / "packed")),
         replace(suite, split="test"),
-        replace(suite, degradation=(Bicubic(3),)),
-        replace(suite, degradation=(Bicubic(2, border="mirror"),)),
+        replace(suite, degradation=(Bicubic(scale=3),)),
+        replace(suite, degradation=(Bicubic(scale=2, border="mirror"),)),
         replace(suite, max_images=3),
         replace(suite, max_side_px=64),
     ]
@@ -198,7 +198,7 @@ def test_the_digest_is_of_content_and_choice_not_of_place(dataset: str, photo_fo
 
 def test_an_empty_split_and_wrong_limits_are_refused(tmp_path: Path) -> None:
     uri = pack_photos(tmp_path, {"only": np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)})
-    empty = Suite(uri, "validation", (Bicubic(2),))
+    empty = Suite(uri, "validation", (Bicubic(scale=2),))
     for use in (lambda: list(pairs(empty)), lambda: score(baseline(2), empty, "bicubic")):
         with pytest.raises(MissingError, match="validation"):
             use()
@@ -281,7 +281,7 @@ def test_scores_are_compared_only_on_one_suite(suite: Suite, bicubic: Scores, se
 def test_samples_show_the_most_detailed_crop(tmp_path: Path) -> None:
     photo = np.full((96, 128, 3), 128, np.uint8)
     photo[48:80, 64:96] = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    suite = Suite(pack_photos(tmp_path, {"a": photo}), "test", (Bicubic(2),))
+    suite = Suite(pack_photos(tmp_path, {"a": photo}), "test", (Bicubic(scale=2),))
     seen: list[U8] = []
 
     def run(lr: U8) -> U8:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rayscale.data.degrade import apply, margin_px
+from rayscale.data import augment
+from rayscale.data.degrade import BLOCK_PX, degrade, frames_of, has_codec, margin_px, mask_in
+from rayscale.data.draws import Chain, Drawn
 from rayscale.data.plan import DataSettings
 from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError
@@ -27,26 +30,56 @@ def check_sizes(photos: Photos, settings: DataSettings) -> None:
         )
 
 
-def cut(
-    photo: U8, settings: DataSettings, rng: np.random.Generator
-) -> tuple[dict[str, U8], tuple[dict[str, Any], ...]]:
+def sample_shapes(settings: DataSettings) -> dict[str, tuple[int, ...]]:
+    """The tensors of one sample, all u8."""
+    side, frames = settings.hr_crop_px // settings.scale, frames_of(settings.degradation)
+    lr: tuple[int, ...] = (frames, side, side, 3) if frames else (side, side, 3)
+    mask: dict[str, tuple[int, ...]] = {"mask": (side, side, 1)} if mask_in(settings.degradation) else {}
+    return {"lr": lr, **mask, "hr": (settings.hr_crop_px, settings.hr_crop_px, 3)}
+
+
+def cut(photo: U8, settings: DataSettings, rng: np.random.Generator) -> tuple[dict[str, U8], Drawn]:
     """One training sample of a decoded photo u8[h, w, 3]: its tensors by name, and what was drawn, in order.
 
-    The crop is degraded with the photo's own pixels around it, so lr is what cutting the degraded photo gives,
-    and no crop's border leaks into training.
+    The crop is degraded with the photo's own pixels around it, so no crop's border leaks into training; where the
+    degradation reads no further than its margin, lr is what cutting the degraded photo gives.
     """
+    chain = Chain(rng)
+    return _cut(photo, settings, chain), chain.drawn
+
+
+def recut(photo: U8, settings: DataSettings, drawn: Sequence[Mapping[str, Any]]) -> dict[str, U8]:
+    """The tensors that `cut` gave when it drew that. Raises: ConfigError where other settings drew it."""
+    return _cut(photo, settings, Chain(None, drawn))
+
+
+def _cut(photo: U8, settings: DataSettings, chain: Chain) -> dict[str, U8]:
     scale, side = settings.scale, settings.hr_crop_px
     rows, columns = photo.shape[0] // scale, photo.shape[1] // scale  # the LR grid, anchored at the top left
     lr_side = side // scale
-    top = int(rng.integers(0, rows - lr_side + 1))
-    left = int(rng.integers(0, columns - lr_side + 1))
-    margin = -(-margin_px(settings.degradation) // scale)  # in LR pixels
+    draws = chain.next("crop")
+    top, left = draws.integer("top", 0, rows - lr_side), draws.integer("left", 0, columns - lr_side)
+    margin = margin_px(settings.degradation) // scale  # in LR pixels
     y0, x0 = max(0, top - margin), max(0, left - margin)
+    if has_codec(settings.degradation):  # blocks as the photo has them, so at every place in a crop
+        y0, x0 = y0 // BLOCK_PX * BLOCK_PX, x0 // BLOCK_PX * BLOCK_PX
     y1, x1 = min(rows, top + lr_side + margin), min(columns, left + lr_side + margin)
-    wide, drawn = apply(settings.degradation, photo[y0 * scale : y1 * scale, x0 * scale : x1 * scale], rng)
-    lr = wide[top - y0 : top - y0 + lr_side, left - x0 : left - x0 + lr_side]
-    hr = photo[top * scale : (top + lr_side) * scale, left * scale : (left + lr_side) * scale]
-    if settings.flips:
-        turns, mirror = int(rng.integers(0, 4)), bool(rng.integers(0, 2))
-        lr, hr = (np.rot90(p[:, ::-1] if mirror else p, turns) for p in (lr, hr))
-    return {"lr": lr, "hr": hr}, drawn
+    centre = (left + lr_side / 2) * scale - 0.5, (top + lr_side / 2) * scale - 0.5  # x, y in the photo
+    wide = _window(photo, settings, chain, (y0 * scale, x0 * scale, y1 * scale, x1 * scale), centre)
+    keep = slice(top - y0, top - y0 + lr_side), slice(left - x0, left - x0 + lr_side)
+    tensors = degrade(settings.degradation, wide, chain, keep)
+    rows_hr, columns_hr = (slice(s.start * scale, s.stop * scale) for s in keep)
+    return augment.turn(settings.augment, settings.flips, {**tensors, "hr": wide[rows_hr, columns_hr]}, chain)
+
+
+def _window(
+    photo: U8, settings: DataSettings, chain: Chain, box: tuple[int, int, int, int], centre: tuple[float, float]
+) -> U8:
+    """The crop with its margin, augmented. box: top, left, bottom, right in the photo."""
+    top, left, bottom, right = box
+    wide = photo[top:bottom, left:right]
+    if any(augment.is_geometry(a) for a in settings.augment):
+        affine = augment.place(settings.augment, chain, centre)
+        if not np.array_equal(affine, np.eye(2, 3)):
+            wide = augment.window(photo, affine, left, top, right - left, bottom - top)
+    return augment.colour(settings.augment, wide, chain)

@@ -1,161 +1,291 @@
 """How low resolution is made: pure functions of (high-resolution picture, generator).
 
-A degradation is a tuple of operators, applied in order. Each operator is a frozen dataclass that is its own
-config; `name` tells two operators with equal fields apart in JSON and digests.
+A degradation is a tuple of operators (`operators.py`), applied in order to u8[h, w, 3]; between two of them the
+picture is rounded to uint8. All that is random is drawn from the sample's generator and recorded (`draws.py`).
+Results are equal to the bit on machines of one type; "bicubic" alone, on all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from rayscale.data import kernels, noise, resize
+from rayscale.data.draws import Chain, Drawn, Draws, Sides
+from rayscale.data.masks import mask_of
+from rayscale.data.operators import (
+    Bicubic,
+    Border,
+    Burst,
+    Decimate,
+    Defocus,
+    GaussianBlur,
+    GaussianNoise,
+    Jpeg,
+    Mask,
+    MotionBlur,
+    OneOf,
+    Operator,
+    PoissonNoise,
+    RandomResize,
+    Resize,
+    SaltPepper,
+    Shrink,
+    Shuffled,
+    Sinc,
+    Sometimes,
+    SpeckleNoise,
+    Webp,
+    inner,
+    walk,
+)
+from rayscale.data.resize import resize_bicubic
 from rayscale.errors import ConfigError
 from rayscale.imaging import U8
 
-Border = Literal["replicate", "mirror"]
+__all__ = [
+    "BLOCK_PX",
+    "Bicubic",
+    "Border",
+    "Operator",
+    "apply",
+    "check",
+    "degrade",
+    "frames_of",
+    "has_codec",
+    "margin_px",
+    "mask_in",
+    "replay",
+    "resize_bicubic",
+    "scale_of",
+]
+
+BLOCK_PX = 16  # JPEG's and WebP's unit with subsampled chroma
+_MARGIN_PX = 16  # most pixels of high resolution around a crop that a random chain is given
 
 
-@dataclass(frozen=True)
-class Bicubic:
-    """MATLAB's antialiased bicubic, `scale` times smaller. Draws nothing.
-
-    border: "replicate" as the classic test sets were made, "mirror" as newer MATLAB and BasicSR do.
-    """
-
-    scale: int
-    border: Border = "replicate"
-    name: Literal["bicubic"] = "bicubic"
-
-    def __post_init__(self) -> None:
-        if self.scale < 1:
-            raise ConfigError("bicubic.scale", self.scale, "must be at least 1", "try 2")
-        if self.border not in ("replicate", "mirror"):
-            raise ConfigError("bicubic.border", self.border, "must be replicate or mirror", "choose one of them")
-
-
-Operator = Bicubic
-"""The closed union of all operators."""
-
-
-def apply(operators: Sequence[Operator], hr_u8: U8, rng: np.random.Generator) -> tuple[U8, tuple[dict[str, Any], ...]]:
-    """Degrade u8[h, w, 3] to u8[h / scale, w / scale, 3]; also what each operator drew from `rng`, in order.
+def apply(operators: Sequence[Operator], hr_u8: U8, rng: np.random.Generator) -> tuple[U8, Drawn]:
+    """Degrade u8[h, w, 3] to u8[h / scale, w / scale, 3] (a burst: u8[T, ...]); also what was drawn, in order.
 
     Raises: ConfigError where a side is no multiple of `scale_of(operators)`.
     """
-    height, width = hr_u8.shape[:2]
-    scale = scale_of(operators)
-    if height % scale or width % scale:
-        raise ConfigError("hr", f"{width}x{height}", f"sides must be multiples of {scale}", "crop the picture first")
-    lr = hr_u8
-    drawn: list[dict[str, Any]] = []
+    chain = Chain(rng)
+    return degrade(operators, hr_u8, chain)["lr"], chain.drawn
+
+
+def replay(operators: Sequence[Operator], hr_u8: U8, drawn: Sequence[Mapping[str, Any]]) -> U8:
+    """What `apply` gave when it drew that. Raises: ConfigError where other operators drew it."""
+    return degrade(operators, hr_u8, Chain(None, drawn))["lr"]
+
+
+def degrade(
+    operators: Sequence[Operator], hr_u8: U8, chain: Chain, keep: tuple[slice, slice] = (slice(None), slice(None))
+) -> dict[str, U8]:
+    """ "lr", and "mask" u8[h, w, 1] where the chain ends with one.
+
+    keep: rows and columns of the low resolution that are wanted; the rest is margin, and gets no mask.
+    Raises: as `apply`.
+    """
+    origin, scale = (hr_u8.shape[0], hr_u8.shape[1]), scale_of(operators)
+    if origin[0] % scale or origin[1] % scale:
+        size = f"{origin[1]}x{origin[0]}"
+        raise ConfigError("hr", size, f"sides must be multiples of {scale}", "crop the picture first")
+    mask = mask_in(operators)
+    wide = _run(operators[:-1] if mask else operators, hr_u8, chain, origin)
+    lr = wide[(..., *keep, slice(None))]
+    if mask is None:
+        return {"lr": lr}
+    missing = mask_of(mask, (lr.shape[0], lr.shape[1]), chain.next(mask.name))
+    return {"lr": np.where(missing > 0, np.uint8(mask.fill), lr), "mask": missing}
+
+
+def _run(operators: Sequence[Operator], picture: U8, chain: Chain, origin: Sides) -> U8:
     for operator in operators:
-        lr = resize_bicubic(lr, lr.shape[0] // operator.scale, lr.shape[1] // operator.scale, border=operator.border)
-        drawn.append({"name": operator.name})
-    return lr, tuple(drawn)
+        picture = _FUNCTIONS[type(operator)](operator, picture, chain.next(operator.name, origin))
+    return picture
+
+
+def _sometimes(operator: Sometimes, picture: U8, draws: Draws) -> U8:
+    if not draws.chance("taken", operator.probability):
+        return picture
+    return _run(operator.operators, picture, draws.chain("drawn"), draws.origin)
+
+
+def _one_of(operator: OneOf, picture: U8, draws: Draws) -> U8:
+    option = draws.weighted("option", operator.weights or [1.0] * len(operator.options))
+    return _run(operator.options[option], picture, draws.chain("drawn"), draws.origin)
+
+
+def _shuffled(operator: Shuffled, picture: U8, draws: Draws) -> U8:
+    order = draws.order("order", len(operator.operators))
+    kept = iter(operator.ordered)
+    order = [next(kept) if i in operator.ordered else i for i in order]
+    return _run([operator.operators[i] for i in order], picture, draws.chain("drawn"), draws.origin)
+
+
+def _burst(operator: Burst, picture: U8, draws: Draws) -> U8:
+    shifts, shared, each = draws.chain("shifts"), draws.chain("shared"), draws.chain("each")
+    frames = []
+    for number in range(operator.frames):
+        moved = picture if number == 0 else _shift(operator, picture, shifts.next("shift"))
+        alike = shared if number == 0 else Chain(None, shared.made)
+        degraded = _run(operator.shared, moved, alike, draws.origin)
+        frame = each.next("frame")
+        frames.append(_run(operator.each, degraded, frame.chain("drawn"), draws.origin))
+    return np.stack(frames)
+
+
+def _shift(operator: Burst, picture: U8, draws: Draws) -> U8:
+    """The picture seen dx, dy px further right and down, turned about its centre."""
+    dx, dy = (draws.uniform(key, -operator.shift_px, operator.shift_px) for key in ("dx", "dy"))
+    degrees = draws.uniform("degrees", -operator.degrees, operator.degrees)
+    height, width = picture.shape[:2]
+    turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
+    turn[:, 2] += dx, dy
+    how = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    moved: U8 = cv2.warpAffine(picture, turn, (width, height), flags=how, borderMode=cv2.BORDER_REFLECT_101)
+    return moved
+
+
+_FUNCTIONS: dict[type, Callable[[Any, U8, Draws], U8]] = {
+    Bicubic: resize.bicubic,
+    Resize: resize.resize_exactly,
+    RandomResize: resize.random_resize,
+    Shrink: resize.shrink,
+    Decimate: resize.decimate,
+    GaussianBlur: kernels.gaussian_blur,
+    Sinc: kernels.sinc,
+    MotionBlur: kernels.motion_blur,
+    Defocus: kernels.defocus,
+    GaussianNoise: noise.gaussian_noise,
+    PoissonNoise: noise.poisson_noise,
+    SpeckleNoise: noise.speckle_noise,
+    SaltPepper: noise.salt_pepper,
+    Jpeg: noise.jpeg,
+    Webp: noise.webp,
+    Burst: _burst,
+    Sometimes: _sometimes,
+    OneOf: _one_of,
+    Shuffled: _shuffled,
+}
+
+
+def mask_in(operators: Sequence[Operator]) -> Mask | None:
+    """The mask that ends a chain."""
+    last = operators[-1] if operators else None
+    return last if isinstance(last, Mask) else None
+
+
+def frames_of(operators: Sequence[Operator]) -> int:
+    """Frames of the burst that a chain ends with; 0 without one."""
+    last = operators[-1] if operators else None
+    return last.frames if isinstance(last, Burst) else 0
+
+
+def has_codec(operators: Sequence[Operator]) -> bool:
+    """Whether blocks are coded anywhere in the chain."""
+    return any(isinstance(operator, Jpeg | Webp) for operator in walk(operators))
+
+
+def check(operators: Sequence[Operator]) -> None:
+    """Raises: ConfigError where a mask or a burst is not the last operator, or the chain ends at a random size."""
+    nested = [operator for last in operators[-1:] for chain in inner(last) for operator in walk(chain)]
+    for operator in (*walk(operators[:-1]), *nested):
+        if isinstance(operator, Mask | Burst):
+            raise ConfigError("degradation", operator.name, "must be the last operator of the chain", "move it there")
+    scale_of(operators)
 
 
 def scale_of(operators: Sequence[Operator]) -> int:
-    """High-resolution side / low-resolution side of the whole chain."""
-    return math.prod(operator.scale for operator in operators)
+    """High-resolution side / low-resolution side of the whole chain.
+
+    Raises: ConfigError where the chain ends at a random size.
+    """
+    scale = _scale_after(operators, 1)
+    if scale is None:
+        names = ", ".join(operator.name for operator in operators)
+        raise ConfigError("degradation", names, "ends at a random size", 'end it with {"name": "resize", "scale": ...}')
+    return scale
+
+
+def _scale_after(operators: Sequence[Operator], scale: int | None) -> int | None:
+    """Scale behind the operators where it was `scale` before them; None: random."""
+    for operator in operators:
+        scale = _scale_step(operator, scale)
+    return scale
+
+
+def _scale_step(operator: Any, scale: int | None) -> int | None:
+    match operator:
+        case Bicubic() | Decimate():
+            return None if scale is None else scale * operator.scale
+        case Resize():
+            return operator.scale
+        case RandomResize() | Shrink():
+            return None
+        case Burst():
+            return _scale_after((*operator.shared, *operator.each), scale)
+        case Sometimes():
+            return scale if _scale_after(operator.operators, scale) == scale else None
+        case OneOf():
+            ends = {_scale_after(option, scale) for option in operator.options}
+            return ends.pop() if len(ends) == 1 else None
+        case Shuffled():
+            free = [o for i, o in enumerate(operator.operators) if i not in operator.ordered]
+            fixed = all(_scale_step(o, s) == s for o in free for s in (scale, None, 1))
+            return _scale_after([operator.operators[i] for i in operator.ordered], scale) if fixed else None
+    return scale
 
 
 def margin_px(operators: Sequence[Operator]) -> int:
-    """High-resolution pixels around a crop that its degradation reads; a multiple of `scale_of(operators)`."""
-    margin, scale = 0, 1
-    for operator in operators:
-        if operator.scale > 1:
-            margin += 2 * operator.scale * scale  # the kernel reaches 2 of the smaller picture's pixels
-        scale *= operator.scale
-    return -(-margin // scale) * scale
+    """High-resolution pixels around a crop that are degraded with it; a multiple of `scale_of(operators)`.
 
-
-def resize_bicubic(hwc_u8: U8, height: int, width: int, *, border: Border) -> U8:
-    """MATLAB's `imresize(x, [height width], "bicubic")` on u8[h, w, c], to the bit, smaller or larger.
-
-    Keys' kernel (a = -0.5), stretched where the side shrinks; the side that shrinks most goes first (rows where
-    they are equal), and MATLAB rounds to uint8 between the two passes. An exact half is rounded up whatever the
-    order in which a CPU adds the products up, so results are the same on every machine.
-
-    Raises: ConfigError for an empty target.
+    All that is read, for a chain of plain sizes and short kernels: then cutting the degraded picture gives the same.
+    At most 16 px, 4 of the low resolution and a burst's shift: beyond that the picture goes on mirrored.
     """
-    if height < 1 or width < 1:
-        raise ConfigError("size", f"{width}x{height}", "sides must be at least 1 px", "ask for a larger picture")
-    columns_first = width * hwc_u8.shape[0] < height * hwc_u8.shape[1]
-    result = hwc_u8
-    for axis in (1, 0) if columns_first else (0, 1):
-        turned = np.ascontiguousarray(result.swapaxes(0, axis))
-        result = _resize_rows(turned, (height, width)[axis], border).swapaxes(0, axis)
-    return np.ascontiguousarray(result)
+    scale = scale_of(operators)
+    shift = max((math.ceil(o.shift_px) for o in operators if isinstance(o, Burst)), default=0)
+    most = max(_MARGIN_PX, 4 * scale)
+    return -(-(min(_reach(operators, 1), most) + shift) // scale) * scale
 
 
-class _Block(NamedTuple):
-    """Some neighbouring output rows as a product: out[first:last] = weights @ in[low:high]."""
-
-    first: int
-    last: int
-    low: int
-    high: int
-    weights: NDArray[np.floating[Any]]  # [last - first, high - low]
-
-
-_BLOCK_ROWS = 8  # mostly band, few zeros; and, for a crop, a product so small that BLAS starts no threads for it
-
-
-def _resize_rows(x: U8, target: int, border: Border) -> U8:
-    blocks = _blocks(x.shape[0], target, border)
-    dtype = blocks[0].weights.dtype
-    rows = x.reshape(x.shape[0], -1).astype(dtype)
-    out = np.empty((target, rows.shape[1]), dtype)
-    for block in blocks:
-        np.matmul(block.weights, rows[block.low : block.high], out=out[block.first : block.last])
-    out += dtype.type(0.5 + 1e-9)  # a half that came out as 0.49999999999997 is a half
-    np.clip(out, 0, 255, out=out)
-    return out.astype(np.uint8).reshape(target, *x.shape[1:])  # truncation: floor, as nothing is negative
+def _reach(operators: Sequence[Operator], scale: int | None) -> int:
+    """Pixels of high resolution that the operators look aside from a picture `scale` times smaller."""
+    total = 0
+    for operator in operators:
+        if scale is None:
+            return total + _MARGIN_PX
+        if isinstance(operator, OneOf):
+            total += max(_reach(option, scale) for option in operator.options)
+        else:
+            total += _reach([o for chain in inner(operator) for o in chain], scale)
+        total += scale * _reach_of(operator, scale)
+        scale = _scale_step(operator, scale)
+    return total
 
 
-@lru_cache(maxsize=256)
-def _blocks(length: int, target: int, border: Border) -> tuple[_Block, ...]:
-    weights, index = _taps(length, target, border)
-    # float32 cannot go wrong at these ratios: for 2 and 4 all weights are multiples of 1/4096, so every sum is
-    # exact; for 3 the true value is a multiple of 1/81, at least 1/162 away from a half.
-    small, large = sorted((length, target))
-    dtype = np.float32 if large in (small, 2 * small, 3 * small, 4 * small) else np.float64
-    blocks = []
-    for first in range(0, target, _BLOCK_ROWS):
-        last = min(first + _BLOCK_ROWS, target)
-        low, high = int(index[first:last].min()), int(index[first:last].max()) + 1
-        dense = np.zeros((last - first, high - low))
-        rows = np.arange(last - first)[:, None]
-        np.add.at(dense, (rows, index[first:last] - low), weights[first:last])
-        blocks.append(_Block(first, last, low, high, dense.astype(dtype)))
-    return tuple(blocks)
-
-
-def _taps(length: int, target: int, border: Border) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Weights and input rows of every output row, both [target, taps]; MATLAB's `contributions`, 0-based."""
-    scale = target / length
-    stretch = min(scale, 1.0)
-    num_taps = math.ceil(4 / stretch) + 2
-    centre = (np.arange(target) + 0.5) / scale - 0.5
-    first = np.floor(centre - 2 / stretch).astype(np.intp)
-    index = first[:, None] + np.arange(num_taps)
-    weights = _keys_cubic((centre[:, None] - index) * stretch)
-    weights /= weights.sum(axis=1, keepdims=True)
-    if border == "replicate":
-        return weights, np.clip(index, 0, length - 1)
-    folded = index % (2 * length)  # the picture, then itself reversed, and so on
-    return weights, np.minimum(folded, 2 * length - 1 - folded)
-
-
-def _keys_cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic convolution kernel with a = -0.5 (IEEE TASSP 29, 1981)."""
-    x = np.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+def _reach_of(operator: Any, scale: int) -> int:
+    match operator:
+        case Bicubic(scale=1):
+            return 0
+        case Bicubic():
+            return 2 * operator.scale  # the kernel reaches 2 of the smaller picture's pixels
+        case Resize():
+            return 0 if operator.scale == scale else max(4, -(-operator.scale // scale))
+        case RandomResize() | Shrink():
+            return 4
+        case Decimate():
+            return resize.DECIMATE_SIZE // 2
+        case GaussianBlur() | Sinc():
+            return max(operator.sizes) // 2
+        case MotionBlur():
+            return math.ceil(operator.length[1] / 2) + 1
+        case Defocus():
+            return math.ceil(operator.radius[1])
+        case Jpeg() | Webp():
+            return BLOCK_PX
+    return 0

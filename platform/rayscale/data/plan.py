@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayscale.contract import digest
-from rayscale.data.degrade import Bicubic, Operator, scale_of
+from rayscale.data.augment import Augmentation
+from rayscale.data.degrade import Bicubic, Operator, check, scale_of
 from rayscale.errors import ConfigError
 
 I64 = NDArray[np.int64]
@@ -41,6 +42,7 @@ class DataSettings:
 
     hr_crop_px: int = 128  # side of the high-resolution crop
     degradation: tuple[Operator, ...] = (Bicubic(scale=2),)
+    augment: tuple[Augmentation, ...] = ()  # of the photo, before it is degraded
     flips: bool = True  # both mirrorings and quarter turns, in step on the whole pair
     micro_batch: int = 8  # b, samples
     virtual_shards: int = 4  # V, micro-batches a global step; the most workers that can take part
@@ -53,6 +55,7 @@ class DataSettings:
         for name in ("hr_crop_px", "micro_batch", "virtual_shards", "window_images", "crops"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}", getattr(self, name), "must be at least 1", "raise it")
+        check(self.degradation)
         if self.hr_crop_px % self.scale:
             raise ConfigError(
                 "data.hr_crop_px",

@@ -1,0 +1,58 @@
+"""Some degraded samples to look at, with what was drawn for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rayscale.data.cut import cut
+from rayscale.data.draws import Drawn
+from rayscale.data.plan import DataSettings, sample_generator
+from rayscale.data.shards import Photos
+from rayscale.errors import ConfigError
+from rayscale.imaging import U8, decode_rgb, panel
+
+
+class PreviewSample(NamedTuple):
+    """One sample: the photo's key, the tensors that training would get, and what was drawn for them."""
+
+    key: str
+    tensors: dict[str, U8]
+    drawn: Drawn
+
+
+class Preview(NamedTuple):
+    """sheet: u8[h, w, 3], a row a sample; a burst's frames beside each other."""
+
+    sheet: U8
+    samples: list[PreviewSample]
+
+
+def preview(photos: Photos, settings: DataSettings, count: int) -> Preview:
+    """The first crop, in epoch 0, of `count` photos spread evenly over the split (less where it holds less).
+
+    Raises: ConfigError for no sample; as `Photos.read`, `decode_rgb` and `cut`.
+    """
+    count = min(count, len(photos))
+    if count < 1:
+        raise ConfigError("count", count, "there is nothing to show", "ask for 1 or more of a split with photos")
+    indices = [i * len(photos) // count for i in range(count)]
+    samples = []
+    for index, data in zip(indices, photos.read(indices), strict=True):
+        photo = decode_rgb(data, name=str(photos.keys[index]))
+        tensors, drawn = cut(photo, settings, sample_generator(settings.seed, 0, index, 0))
+        samples.append(PreviewSample(str(photos.keys[index]), tensors, drawn))
+    rows = [_pictures(sample) for sample in samples]
+    return Preview(panel([cell for row in rows for cell in row], columns=len(rows[0])), samples)
+
+
+def _pictures(sample: PreviewSample) -> list[tuple[str, U8]]:
+    """(caption, picture) of every tensor of a sample, frame by frame."""
+    found = []
+    for name, tensor in sample.tensors.items():
+        frames = tensor if tensor.ndim == 4 else tensor[None]
+        for number, frame in enumerate(frames):
+            caption = f"{sample.key[:8]} {name}" + (f" {number}" if len(frames) > 1 else "")
+            found.append((caption, np.ascontiguousarray(np.broadcast_to(frame, (*frame.shape[:2], 3)))))
+    return found
