@@ -60,7 +60,7 @@ from rayscale.train.record import read_position
 
 result = train(recipe=recipe, data=[dataset], settings=settings, name="run", storage=storage,
                workers=2, min_workers=1, cpus_per_worker=2, threads=1)
-print(json.dumps({
+Path(storage, "found.json").write_text(json.dumps({
     "chain": result["chain"],
     "starts": [(start.step, start.world_size) for start in read_position(result["run_uri"]).starts],
     "checkpoints": sorted((c.images_seen, c.chain) for c in checkpoint.checkpoints(result["run_uri"])),
@@ -77,7 +77,7 @@ def run(how: str, dataset: str, storage: Path) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads((storage / "found.json").read_text()))
 
 
 @pytest.mark.long
