@@ -103,7 +103,8 @@ def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
         branch = tree
         for part in parents:
             branch = branch.setdefault(part, {})
-        branch[last] = _typed(typing.get_type_hints(type(owner))[last], value.strip(), path)
+        hints = typing.get_type_hints(type(owner), include_extras=True)  # with what tells the values of a union apart
+        branch[last] = _typed(hints[last], value.strip(), path)
     return typing.cast(Recipe, _replaced(recipe, tree))
 
 
@@ -130,7 +131,9 @@ def _typed(hint: Any, value: str, path: str) -> Any:
             return adapter.validate_json(value)
         return adapter.validate_strings(value)
     except pydantic.ValidationError as error:
-        rule = error.errors()[0]["msg"]
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])  # within a value that is a list or an object
+        rule = f"{where}: {first['msg']}" if where else first["msg"]
         raise ConfigError(
             f"--set {path}", value, rule, f"give a value of type {getattr(hint, '__name__', hint)}"
         ) from None
