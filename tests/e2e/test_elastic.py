@@ -14,7 +14,7 @@ import pytest
 
 RECIPE = "rayscale.recipes.compact:tiny"
 SETTINGS = ["run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96", "task.optimizer.learning_rate=0.0003"]
-TOTAL, EVERY = 2048, 256
+TOTAL, EVERY = 4096, 256
 
 # A cluster of two raylets, in a process of its own: two clusters in one process do not work.
 PROGRAM = """
@@ -30,11 +30,11 @@ health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "h
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "_system_config": health})
 lost = cluster.add_node(num_cpus=3, object_store_memory=200 << 20)
 ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-told = []
+found = {}
 
 def committed():
-    found = Path(storage).glob("*/checkpoint_*/checkpoint.json")
-    return sorted(json.loads(file.read_text())["images_seen"] for file in found)
+    files = Path(storage).glob("*/checkpoint_*/checkpoint.json")
+    return sorted(json.loads(file.read_text())["images_seen"] for file in files)
 
 def watch():
     while len(committed()) < 2:
@@ -47,10 +47,11 @@ def watch():
         deadline = int(time.time() * 1000) + 60_000
         reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         GcsClient(address=cluster.address).drain_node(lost.node_id, reason, "", deadline)
-        told.append(committed())
+        asked = time.monotonic()
         while not [images for images in committed() if images % EVERY]:
             time.sleep(0.05)
-    told.append(committed())
+        found["seconds_to_checkpoint"] = time.monotonic() - asked
+    found["saved"] = committed()
     cluster.remove_node(lost, allow_graceful=False)  # SIGKILL
 
 threading.Thread(target=watch, daemon=True).start()
@@ -60,11 +61,10 @@ from rayscale.train.record import read_position
 
 result = train(recipe=recipe, data=[dataset], settings=settings, name="run", storage=storage,
                workers=2, min_workers=1, cpus_per_worker=2, threads=1)
-Path(storage, "found.json").write_text(json.dumps({
+Path(storage, "found.json").write_text(json.dumps(found | {
     "chain": result["chain"],
     "starts": [(start.step, start.world_size) for start in read_position(result["run_uri"]).starts],
     "checkpoints": sorted((c.images_seen, c.chain) for c in checkpoint.checkpoints(result["run_uri"])),
-    "told": told,
 }))
 ray.shutdown()
 cluster.shutdown()
@@ -94,10 +94,7 @@ def test_fewer_workers_go_on_where_a_node_is_lost(
     assert starts[-1][1] == 1, "one worker went on"
     for images, chain in found["checkpoints"]:  # each committed (step, micro-batch) once, in order
         assert chain == planned[images]
-    saved = found["told"][-1]
-    assert starts[-1][0] == saved[-1] // 8, "from the newest checkpoint"
+    assert starts[-1][0] == found["saved"][-1] // 8, "from the newest checkpoint"
     if how == "notice":
-        asked, made = found["told"]
-        extra = [images for images in made if images % EVERY]
-        assert len(extra) == 1, "a checkpoint between two regular ones, made on the notice"
-        assert extra[0] - asked[-1] <= 2 * EVERY
+        assert [images % EVERY > 0 for images in found["saved"]].count(True) == 1, "made on the notice, out of turn"
+        assert found["seconds_to_checkpoint"] < 30

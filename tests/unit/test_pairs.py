@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from rayscale.data.mixture import open_mixture
-from rayscale.data.pairs import Render, check_block, pack, padded_shards, steps, unpack
+from rayscale.data.pairs import Render, advice, check_block, pack, padded_shards, steps, unpack
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import MicroBatch, render_window
 from rayscale.errors import ConfigError, IntegrityError
@@ -111,3 +111,11 @@ def test_packing_frees_what_it_packed() -> None:
     """100 blocks of 2 MB each: a column built from memoryviews kept them all."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30_000
+
+
+def test_a_run_that_outpaces_the_coordinator_is_told_what_to_raise() -> None:
+    plan = Plan((100,), SETTINGS)
+    a_block = SETTINGS.window_images * SETTINGS.crops
+    assert advice(plan, 49 * a_block) == ""
+    assert advice(plan, 90 * a_block).startswith("90 blocks a second")
+    assert f"data.crops={SETTINGS.crops}" in advice(plan, 90 * a_block)

@@ -8,22 +8,26 @@ turn, so worker r holds the shards r, r + n, ... of V. Spare blocks (where n doe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 from ray.train import DataConfig
 
+from rayscale.data.cut import sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.plan import Plan
 from rayscale.data.sample import MicroBatch, render_window
 from rayscale.errors import ConfigError, IntegrityError
 
 BLOCK_BYTES_MAX = 64 << 20  # a larger block stalls the object store; lower window_images or crops
+BLOCKS_PER_S_MAX = 50.0  # of a run; Ray Data's coordinator takes about 12 ms of CPU for one
 MEMORY_BUDGET = 512 << 20  # of the object store, for blocks on their way to the trainers
 
 
@@ -35,8 +39,7 @@ def padded_shards(shards: int, world_size: int) -> int:
 def check_block(plan: Plan) -> None:
     """Raises: ConfigError where a block would not fit its bound."""
     s = plan.settings
-    side = s.hr_crop_px
-    size = s.window_images * s.crops * 3 * (side**2 + (side // s.scale) ** 2)
+    size = s.window_images * s.crops * sum(math.prod(shape) for shape in sample_shapes(s).values())
     if size > BLOCK_BYTES_MAX:
         raise ConfigError(
             "data.window_images",
@@ -44,6 +47,18 @@ def check_block(plan: Plan) -> None:
             f"x data.crops={s.crops} makes blocks of {size >> 20} MiB, beyond {BLOCK_BYTES_MAX >> 20}",
             "lower one of them",
         )
+
+
+def advice(plan: Plan, images_per_s: float) -> str:
+    """What to say of a run that trains so fast; "" where there is nothing to say."""
+    s = plan.settings
+    rate = images_per_s / (s.window_images * s.crops)
+    if rate <= BLOCKS_PER_S_MAX:
+        return ""
+    return (
+        f"{rate:.0f} blocks a second, and Ray Data moves about {BLOCKS_PER_S_MAX:g}: "
+        f"raise data.crops={s.crops} or data.window_images={s.window_images}"
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Render:
         return (-(-self.end_step // rows) - self.start_step // rows) * shards
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        cv2.setNumThreads(1)  # Ray gave this task one CPU; OpenCV would take a thread for each core
         for block in batch["id"]:
             yield self.block(int(block))
 

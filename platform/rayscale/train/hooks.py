@@ -17,6 +17,7 @@ from ray.train import Checkpoint
 from torch import nn
 
 from rayscale.contract import code_version
+from rayscale.data import pairs
 from rayscale.data.sample import MicroBatch
 from rayscale.errors import DamageError, UnavailableError
 from rayscale.observe import Progress, log
@@ -88,6 +89,8 @@ class RunHooks:
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         self._check_damage()
+        if self.rank == 0 and (advice := pairs.advice(self.job.plan, metrics["progress/images_per_s"])):
+            log.warning("%s", advice)
         if self.tracker is not None:
             self.tracker.metrics({**metrics, "progress/images_seen": float(images_seen)}, images_seen)
             self.note = " ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/"))

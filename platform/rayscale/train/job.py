@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rayscale.data.cut import check_sizes
+from rayscale.data.cut import check_sizes, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.pairs import DataPlacement, check_block
 from rayscale.data.plan import DataSettings, Plan
@@ -69,7 +69,7 @@ class Job:
 
 def check(job: Job) -> None:
     """All that can be known before anything is started. Raises: ConfigError naming the setting."""
-    wanted, given = set(job.task.needs), {"lr", "hr"}
+    wanted, given = set(job.task.needs), set(sample_shapes(job.data))
     if not wanted <= given:
         raise ConfigError("task.needs", sorted(wanted), f"the data gives {sorted(given)}", "choose another recipe")
     scale = next(iter(job.task.specs.values())).scale
