@@ -9,6 +9,7 @@ import typer
 
 from rayscale.data.manifest import SPLITS
 from rayscale.data.pack import pack
+from rayscale.data.parallel import local
 from rayscale.data.scan import PackSettings
 from rayscale.observe import Progress, log, progress
 from rayscale.storage import join, open_store
@@ -62,7 +63,7 @@ def ingest(
         test_fraction=test_fraction,
     )
     with _Bars() as bars:
-        report = pack(source, out, settings, workers=workers, on_progress=bars.update, dry_run=dry_run)
+        report = pack(source, out, settings, mapper=local(workers), on_progress=bars.update, dry_run=dry_run)
     manifest, place = report.manifest, open_store(out).uri
     if report.existed:
         log.info("%s was complete already, with the same photos: nothing to do", place)

@@ -6,20 +6,32 @@ import hashlib
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayscale.data.manifest import KEY_CHARS, SCHEMA, TRIES, ShardInfo
-from rayscale.data.scan import Sample
-from rayscale.errors import IntegrityError
-from rayscale.storage import Store
+from rayscale.data.assign import Sample
+from rayscale.data.manifest import KEY_CHARS, SCHEMA, TRIES, Manifest, ShardInfo
+from rayscale.data.scan import Photo
+from rayscale.data.source import read, read_all
+from rayscale.data.tile_photos import Box, crop
+from rayscale.errors import ConfigError, IntegrityError, MissingError
+from rayscale.imaging import Limits, decode_rgb
+from rayscale.storage import Store, join
 
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tiff", "bmp": "bmp", "ppm": "ppm"}
+EXTENSIONS = {
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "tiff": "tiff",
+    "bmp": "bmp",
+    "ppm": "ppm",
+}
 BLOCK = 512  # bytes, of tar; two empty ones end it
+ROW_GROUP = 1 << 16  # rows, of one split: a reader of one split need not read the others
+_UNLIMITED = Limits(max_bytes=1 << 40, max_pixels=1 << 40, max_side=1 << 30)  # it was accepted when it was scanned
 
 
 class Member(NamedTuple):
@@ -46,8 +58,7 @@ def layout(samples: Sequence[Sample], shard_bytes: int) -> list[Shard]:
         if not groups or groups[-1][0].sample.split != sample.split or end + length + 2 * BLOCK > shard_bytes:
             groups.append([])
             end = 0
-        name = f"{sample.photo.sha256[:KEY_CHARS]}.{EXTENSIONS[sample.photo.format]}"
-        groups[-1].append(Member(sample, name, end + BLOCK))
+        groups[-1].append(Member(sample, member_name(sample.photo), end + BLOCK))
         end += length
     numbers: Counter[str] = Counter()
     shards = []
@@ -61,41 +72,118 @@ def layout(samples: Sequence[Sample], shard_bytes: int) -> list[Shard]:
     return shards
 
 
-def build(shard: Shard, source: Store, pool: Executor, on_photo: Callable[[], None]) -> bytearray:
-    """The bytes of a shard, its photos read by the pool. Raises: IntegrityError for one that changed since its scan."""
+def member_name(photo: Photo) -> str:
+    """A photo's name in its tar: its key, then an extension for other tools."""
+    return f"{photo.sha256[:KEY_CHARS]}.{EXTENSIONS[photo.format]}"
+
+
+def header(member: Member) -> bytes:
+    """The tar header of a member."""
+    info = tarfile.TarInfo(member.name)  # no owner, time 0, mode 644: nothing that differs between two runs
+    info.size = member.sample.photo.size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def assemble(shard: Shard, photos: Iterable[bytes]) -> bytearray:
+    """The bytes of a shard, given those of its members in order."""
     tar = bytearray(shard.info.size)
-
-    def place(member: Member) -> None:
-        photo = member.sample.photo
-        header = tarfile.TarInfo(member.name)  # no owner, time 0, mode 644: nothing that differs between two runs
-        header.size = photo.size
-        tar[member.offset - BLOCK : member.offset] = header.tobuf(tarfile.USTAR_FORMAT)
-        for _ in range(TRIES):
-            data = source.read(photo.source_key)
-            if hashlib.sha256(data).hexdigest() == photo.sha256:
-                tar[member.offset : member.offset + len(data)] = data
-                return
-        rule = "is not what it was when it was scanned"
-        raise IntegrityError("photo", photo.source_key, rule, "let the source rest and run again")
-
-    for _ in pool.map(place, shard.members):
-        on_photo()
+    for member, data in zip(shard.members, photos, strict=True):
+        tar[member.offset - BLOCK : member.offset] = header(member)
+        tar[member.offset : member.offset + len(data)] = data
     return tar
 
 
+def write_shard(source: Store, out: Store, shard: Shard) -> None:
+    """Read the photos of a shard and write it, whole or not at all; one in memory at a time.
+
+    Raises: IntegrityError for a photo that is gone or changed since its scan.
+    """
+    out.write(shard.info.name, assemble(shard, fetch(source, [member.sample.photo for member in shard.members])))
+
+
+def fetch(source: Store, photos: Sequence[Photo]) -> Iterator[bytes]:
+    """The bytes of photos and tiles in order, each verified. Raises: IntegrityError for one that is not what it was."""
+    runs = [list(same) for _, same in itertools.groupby(photos, lambda photo: (photo.item, photo.whole))]
+    for run, data in zip(runs, read_all(source, [run[0].item for run in runs]), strict=True):
+        whole = _verified(source, run[0], data)
+        if not run[0].box:
+            yield whole
+            continue
+        pixels = decode_rgb(whole, _UNLIMITED)  # once for all tiles of a photo that lie side by side
+        for tile in run:
+            cut = crop(pixels, Box.parse(tile.box))
+            if hashlib.sha256(cut).hexdigest() != tile.sha256:  # as an encoder of another version would make it
+                raise _changed(tile)
+            yield cut
+
+
+def _verified(source: Store, photo: Photo, data: bytes | MissingError) -> bytes:
+    """The whole photo as it was scanned; bytes that changed on the way are read again. Raises: IntegrityError."""
+    for _ in range(TRIES):
+        if isinstance(data, MissingError):
+            break
+        if hashlib.sha256(data).hexdigest() == (photo.whole or photo.sha256):
+            return data
+        data = read(source, photo.item)
+    raise _changed(photo)
+
+
+def _changed(photo: Photo) -> IntegrityError:
+    rule = "is not what it was when it was scanned"
+    return IntegrityError("photo", photo.name, rule, "let the source rest and run again")
+
+
+# --------------------------------------------------------------------------------------------------- the index
+
+
 def index_bytes(shards: Iterable[Shard]) -> bytes:
-    """The index as a Parquet file, one row a sample, in the order of the dataset."""
-    rows = list(itertools.chain.from_iterable(((s.info.name, m) for m in s.members) for s in shards))
-    photos = [member.sample.photo for _, member in rows]
+    """The index as a Parquet file, one row a sample, in the order of the dataset; a row group holds one split."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+        for _, same in itertools.groupby(shards, lambda shard: shard.members[0].sample.split):
+            rows = [(shard.info.name, member) for shard in same for member in shard.members]
+            for start in range(0, len(rows), ROW_GROUP):
+                writer.write_table(_table(rows[start : start + ROW_GROUP]))
+    return bytes(sink.getvalue())
+
+
+def _table(rows: Sequence[tuple[str, Member]]) -> pa.Table:
+    samples = [member.sample for _, member in rows]
+    photos = [sample.photo for sample in samples]
     columns = {
         "key": [p.sha256[:KEY_CHARS] for p in photos],
         "shard": [name for name, _ in rows],
         "offset": [member.offset for _, member in rows],
-        "label": [member.sample.label for _, member in rows],
         "sha256": [bytes.fromhex(p.sha256) for p in photos],
-        "split": [member.sample.split for _, member in rows],
-        **{name: [getattr(p, name) for p in photos] for name in ("size", "width", "height", "source_key")},
+        **{name: [getattr(s, name) for s in samples] for name in ("label", "split", "group")},
+        **{name: [getattr(p, name) for p in photos] for name in _OF_PHOTO},
     }
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, SCHEMA), sink, compression="zstd", row_group_size=1 << 16)
-    return bytes(sink.getvalue())
+    return pa.table(columns, SCHEMA)
+
+
+_OF_PHOTO = ("size", "width", "height", "source_key", "format", "box")
+
+
+def read_index(store: Store, manifest: Manifest) -> list[Shard]:
+    """The shards of a dataset as they were laid out. A tile's `whole` and places in tars are not known here.
+
+    Raises: MissingError, IntegrityError (not what the manifest says), ConfigError (an index without formats).
+    """
+    data, place = store.read(manifest.index_name), join(store.uri, manifest.index_name)
+    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        remedy = "restore the file, or run `rayscale data repair`"
+        raise IntegrityError("index", place, "is not what the manifest says", remedy)
+    table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    if missing := set(SCHEMA.names) - set(table.column_names):
+        raise ConfigError("index", place, f"has no column {', '.join(sorted(missing))}", "pack the photos again")
+    infos = {info.name: info for info in manifest.shards}
+    members: dict[str, list[Member]] = {name: [] for name in infos}
+    for batch in table.to_batches(max_chunksize=ROW_GROUP):
+        for row in batch.to_pylist():
+            sha256 = row["sha256"].hex()
+            photo = Photo(sha256=sha256, **{name: row[name] for name in _OF_PHOTO})
+            sample = Sample(photo, row["label"], row["split"], row["group"])
+            if row["shard"] not in members:
+                raise IntegrityError("index", place, f"names {row['shard']}, the manifest does not", "pack again")
+            members[row["shard"]].append(Member(sample, member_name(photo), row["offset"]))
+    return [Shard(info, tuple(members[name])) for name, info in infos.items()]

@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
         ("sha256", pa.binary(32)),
         ("split", pa.string()),
         ("source_key", pa.string()),
+        ("format", pa.string()),  # as imaging names it
+        ("group", pa.string()),  # key that leads its near duplicates, or names a tile's photo; "" for one alone
+        ("box", pa.string()),  # of a tile in its photo (top, left, height, width), "" for a whole photo
     ]
 )
 

@@ -6,19 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rayscale import contract
-from rayscale.data.layout import Shard, build, index_bytes, layout
+from rayscale.data.assign import Assigned, assign
+from rayscale.data.labels import read_labels
+from rayscale.data.layout import Shard, index_bytes, layout, write_shard
 from rayscale.data.manifest import SPLITS, Manifest, read_manifest
-from rayscale.data.scan import Assigned, OnProgress, PackSettings, assign, fingerprint, listing, num_cpus, scan
+from rayscale.data.parallel import Mapper, local
+from rayscale.data.scan import OnProgress, PackSettings, fingerprint, scan
+from rayscale.data.source import Item, listing
 from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError, RayscaleError
 from rayscale.observe import log
 from rayscale.storage import Store, check_free, open_store
-
-READERS = 16  # photos read at once, where the store is remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,21 @@ class PackReport:
     manifest: Manifest
     quarantined: tuple[tuple[str, str], ...]  # (key, reason)
     duplicates: tuple[tuple[str, str], ...]  # (key left out, key of the equal photo that was kept)
+    near: tuple[tuple[str, ...], ...]  # keys that look alike and so share a split
+    unlabelled: tuple[str, ...]  # keys that the table of labels does not know
     notes: tuple[str, ...] = ()  # about the splits, for a person
     existed: bool = False  # it was complete before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A whole dataset before a shard of it is written."""
+
+    shards: list[Shard]
+    index: bytes
+    manifest: Manifest
+    left_out: Mapping[str, Any]  # what quarantine.json says
+    notes: tuple[str, ...]
 
 
 def pack(
@@ -37,57 +52,92 @@ def pack(
     out_uri: str,
     settings: PackSettings | None = None,
     *,
-    workers: int | None = None,
+    mapper: Mapper | None = None,
     on_progress: OnProgress | None = None,
     dry_run: bool = False,
 ) -> PackReport:
     """Pack all photos under `source_uri` into a dataset at `out_uri`; a run that was killed goes on where it was.
 
-    Equal photos and settings give equal bytes, whatever the order of listing or number of workers. Memory: the
-    listing, one shard, and one decoded photo per CPU. dry_run writes nothing.
+    Equal photos and settings give equal bytes, whatever the order of listing or the mapper (by default all CPUs of
+    this machine). Memory: about 1 KB a photo here; one shard or one decoded photo in each worker. dry_run writes
+    nothing.
 
     Raises: MissingError (no photos), ImageError (none usable), ConflictError (another dataset is there already),
-    ResourceError (disk), ConfigError (settings, credentials), UnavailableError.
+    ResourceError (disk), ConfigError (settings, credentials, labels), UnavailableError.
     """
-    settings = settings or PackSettings()
+    settings, mapper = settings or PackSettings(), mapper or local()
     source, out = open_store(source_uri), open_store(out_uri)
     _check_apart(source, out)
-    entries = listing(source)
+    items, origin = look_up(source, settings, mapper)
     published = read_manifest(out)
-    origin = {"listing": fingerprint(entries, settings), "settings": contract.digest(settings)}
     if published is not None and (finished := _finished(out, published, origin)):
         if not dry_run:
             _sweep(out, published)
         return finished
     cache = None if dry_run or published is not None else out
-    workers = workers or (READERS if source.remote else num_cpus())
-    with ThreadPoolExecutor(workers, "pack") as pool:
-        found = list(scan(source, entries, settings, pool, cache=cache, on_progress=on_progress))
-        assigned = assign(found, settings)
-        left_out = {"quarantined": dict(assigned.rejected), "duplicates": dict(assigned.duplicates), "schema": 1}
-        if not assigned.samples:
-            if cache is not None:
-                cache.write("quarantine.json", contract.dumps(left_out).encode())
-            raise _none_usable(source, assigned)
-        shards = layout(assigned.samples, settings.shard_bytes)
-        index = index_bytes(shards)
-        manifest = _manifest(source, shards, index)
-        if published is not None:
-            _check_same(out, published, manifest)
-        for note in assigned.notes:
-            log.warning("%s", note)
-        if not dry_run:
-            _write_shards(source, out, shards, pool, on_progress)
+    planned = plan(source, items, settings, mapper, cache=cache, on_progress=on_progress)
+    if published is not None:
+        _check_same(out, published, planned.manifest)
+    for note in planned.notes:
+        log.warning("%s", note)
     if not dry_run:
-        out.write(manifest.index_name, index)
-        out.write("quarantine.json", contract.dumps(left_out).encode())
-        out.write("origin.json", contract.dumps({**origin, "dataset": manifest.digest}).encode())
-        _publish(out, manifest)
-    notes = tuple(assigned.notes)
-    return _report(published or manifest, left_out, notes=notes, existed=published is not None)
+        _write_shards(source, out, planned.shards, mapper, on_progress)
+        out.write(planned.manifest.index_name, planned.index)
+        out.write("quarantine.json", contract.dumps(planned.left_out).encode())
+        out.write("origin.json", contract.dumps({**origin, "dataset": planned.manifest.digest}).encode())
+        _publish(out, planned.manifest)
+    manifest = published or planned.manifest
+    return _report(manifest, planned.left_out, notes=planned.notes, existed=published is not None)
 
 
-def _finished(out: Store, published: Manifest, origin: Mapping[str, str]) -> PackReport | None:
+def look_up(source: Store, settings: PackSettings, mapper: Mapper) -> tuple[list[Item], dict[str, Any]]:
+    """What there is to pack, and all by which a later run knows that it is the same: what origin.json says."""
+    items = listing(source, mapper, settings.label_column)
+    origin: dict[str, Any] = {"listing": fingerprint(items, settings), "settings": contract.to_json(settings)}
+    if settings.labels:
+        _, table = read_labels(settings.labels, settings.label_column, settings.key_column)
+        origin["labels"] = hashlib.sha256(table).hexdigest()
+    return items, origin
+
+
+def plan(
+    source: Store,
+    items: Sequence[Item],
+    settings: PackSettings,
+    mapper: Mapper,
+    *,
+    cache: Store | None = None,
+    on_progress: OnProgress | None = None,
+) -> Planned:
+    """Scan the items and lay the dataset out. Raises: ImageError where none is usable (quarantine.json says why)."""
+    table = None
+    if settings.labels:
+        table, _ = read_labels(settings.labels, settings.label_column, settings.key_column)
+    found = list(scan(source, items, settings, mapper, cache=cache, on_progress=on_progress))
+    assigned = assign(found, settings, table, {item.key: item.label for item in items if item.label})
+    left_out = {
+        "quarantined": dict(assigned.rejected),
+        "duplicates": dict(assigned.duplicates),
+        "near_duplicates": assigned.near,
+        "unlabelled": assigned.unlabelled,
+        "schema": 1,
+    }
+    if not assigned.samples:
+        if cache is not None:
+            cache.write("quarantine.json", contract.dumps(left_out).encode())
+        raise _none_usable(source, assigned)
+    shards = layout(assigned.samples, settings.shard_bytes)
+    index = index_bytes(shards)
+    return Planned(
+        shards=shards,
+        index=index,
+        manifest=make_manifest(source.uri, shards, index),
+        left_out=left_out,
+        notes=tuple(assigned.notes),
+    )
+
+
+def _finished(out: Store, published: Manifest, origin: Mapping[str, Any]) -> PackReport | None:
     """The report of a dataset that is whole and was made from these very photos; None where that must be looked at."""
     there = {entry.key: entry.size for entry in out.list()}
     whole = all(there.get(shard.name) == shard.size for shard in published.shards) and published.index_name in there
@@ -97,41 +147,45 @@ def _finished(out: Store, published: Manifest, origin: Mapping[str, str]) -> Pac
     return _report(published, left_out, notes=(), existed=True)
 
 
-def _manifest(source: Store, shards: Sequence[Shard], index: bytes) -> Manifest:
-    samples = [sample for shard in shards for sample, _, _ in shard.members]
+def make_manifest(source_uri: str, shards: Sequence[Shard], index: bytes, parent: str = "") -> Manifest:
+    """The manifest of these shards."""
+    samples = [member.sample for shard in shards for member in shard.members]
     lines = sorted(f"{s.photo.sha256} {s.split} {s.label}\n" for s in samples)
     return Manifest(
         shards=tuple(shard.info for shard in shards),
         counts={split: sum(s.split == split for s in samples) for split in SPLITS},
-        source=source.uri,
+        source=source_uri,
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
+        parent=parent,
     )
 
 
 def _write_shards(
-    source: Store, out: Store, shards: Sequence[Shard], pool: Executor, on_progress: OnProgress | None
+    source: Store, out: Store, shards: Sequence[Shard], mapper: Mapper, on_progress: OnProgress | None
 ) -> None:
-    """Write the shards that are not there yet, one in memory at a time."""
-    there = {entry.key: entry.size for entry in out.list()}
-    missing = [shard for shard in shards if there.get(shard.info.name) != shard.info.size]
+    """Write the shards that are not there yet, each by one worker."""
+    missing = _missing(out, shards)
     check_free(out.uri, sum(shard.info.size for shard in missing) + (1 << 20), "the dataset")
     total = sum(shard.info.samples for shard in shards)
     done = total - sum(shard.info.samples for shard in missing)
+    try:
+        for shard, _ in zip(missing, mapper(partial(write_shard, source, out), missing), strict=True):
+            done += shard.info.samples
+            if on_progress is not None:
+                on_progress("packing", done, total)
+    except IntegrityError:  # what was kept of the scan is no longer true
+        for entry in out.list("scan/"):
+            out.delete(entry.key)
+        raise
+    if (lost := _missing(out, shards)) and read_manifest(out) is None:  # else another run was first, and removed them
+        rule = f"was written by a worker, and {out.uri} does not hold it"
+        raise MissingError("shard", lost[0].info.name, rule, "give a folder that all nodes share, or s3://")
 
-    def photo_done() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress("packing", done, total)
 
-    for shard in missing:
-        try:
-            out.write(shard.info.name, build(shard, source, pool, photo_done))
-        except IntegrityError:  # what was kept of the scan is no longer true
-            for entry in out.list("scan/"):
-                out.delete(entry.key)
-            raise
+def _missing(out: Store, shards: Sequence[Shard]) -> list[Shard]:
+    there = {entry.key: entry.size for entry in out.list()}
+    return [shard for shard in shards if there.get(shard.info.name) != shard.info.size]
 
 
 def _publish(out: Store, manifest: Manifest) -> None:
@@ -182,8 +236,15 @@ def _sweep(out: Store, manifest: Manifest) -> None:
 
 
 def _report(manifest: Manifest, left_out: Mapping[str, Any], *, notes: tuple[str, ...], existed: bool) -> PackReport:
-    pairs = {name: tuple(left_out[name].items()) for name in ("quarantined", "duplicates")}
-    return PackReport(manifest=manifest, **pairs, notes=notes, existed=existed)
+    return PackReport(
+        manifest=manifest,
+        quarantined=tuple(left_out["quarantined"].items()),
+        duplicates=tuple(left_out["duplicates"].items()),
+        near=tuple(map(tuple, left_out["near_duplicates"])),
+        unlabelled=tuple(left_out["unlabelled"]),
+        notes=notes,
+        existed=existed,
+    )
 
 
 def _none_usable(source: Store, assigned: Assigned) -> ImageError:

@@ -1,29 +1,27 @@
-"""What there is to pack: every photo read once, hashed and fully decoded; then labelled, de-duplicated and split.
-
-`scan` is the only part that touches a store. `assign` and `hash_splits` are pure.
-"""
+"""Every photo read once, hashed, fully decoded, and told from its near duplicates. `scan` touches the store."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 from rayscale import __version__
 from rayscale.contract import dumps
-from rayscale.data.manifest import SPLITS
+from rayscale.data.duplicates import perceptual_hash
+from rayscale.data.parallel import Mapper
+from rayscale.data.source import TAR, Item, read_all
+from rayscale.data.tile_photos import Box, boxes, crop
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, MissingError, TooLargeError
-from rayscale.imaging import Limits, decode_rgb, read_header
-from rayscale.storage import Entry, Store
+from rayscale.imaging import U8, Limits, decode_rgb, read_header
+from rayscale.storage import Store
 
 SCAN_CHUNK = 2000  # photos whose results are kept together, for a run that goes on after a kill
-_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+TASK_PHOTOS = 50  # that one worker looks at in one go
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, photos done, photos in all) now and then, from the calling thread."""
@@ -35,6 +33,10 @@ class PackSettings:
 
     shard_bytes: int = 64 << 20  # a shard is at most this long, unless it holds one photo; also the memory it takes
     min_side: int = 64  # pixels; smaller photos are quarantined
+    tile_px: int | None = None  # photos with a longer side are cut into lossless tiles of at most this side
+    labels: str = ""  # URI of a CSV or Parquet table; without one folders are the labels
+    label_column: str = "label"  # of the table, or the field of a .json beside a photo in a tar
+    key_column: str = ""  # of the table: relative path or file name; "" finds it
     split: Literal["hash", "folder"] = "hash"
     validation_fraction: float | None = None  # split "hash" only; None is 0.05
     test_fraction: float | None = None  # split "hash" only; None is 0.05
@@ -45,6 +47,11 @@ class PackSettings:
             raise ConfigError("shard_bytes", self.shard_bytes, "must be 1 KiB to 1 GiB", "64 MiB is a good size")
         if self.min_side < 1:
             raise ConfigError("min_side", self.min_side, "must be at least 1 pixel", "raise it")
+        if self.tile_px is not None and self.tile_px < 4 * self.min_side:
+            rule = f"must be at least four times min_side, {self.min_side}"
+            raise ConfigError("tile_px", self.tile_px, rule, "2048 is a good size")
+        if self.key_column and not self.labels:
+            raise ConfigError("key_column", self.key_column, "has no effect without a table of labels", "leave it out")
         if self.split not in ("hash", "folder"):
             raise ConfigError("split", self.split, "must be hash or folder", "set one of them")
         for name in ("validation_fraction", "test_fraction"):
@@ -69,7 +76,7 @@ class PackSettings:
 
 
 class Photo(NamedTuple):
-    """One usable photo of the source."""
+    """One usable photo of the source, or a tile of one."""
 
     source_key: str
     size: int  # bytes
@@ -77,6 +84,22 @@ class Photo(NamedTuple):
     width: int  # pixels, upright
     height: int
     format: str  # as imaging names it
+    look: str = ""  # perceptual hash of the whole photo
+    box: str = ""  # of a tile in its photo: top, left, height, width
+    whole: str = ""  # sha256 of a tile's photo
+    tar: str = ""  # that holds it, with the place of the whole photo there
+    tar_offset: int = 0
+    tar_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """What people know it by."""
+        return f"{self.source_key}[{self.box}]" if self.box else self.source_key
+
+    @property
+    def item(self) -> Item:
+        """Where its bytes, or those of its whole photo, are."""
+        return Item(self.source_key, self.tar_size, "", self.tar, self.tar_offset)
 
 
 class Rejected(NamedTuple):
@@ -86,156 +109,114 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class Sample(NamedTuple):
-    """A photo with its place in the dataset."""
-
-    photo: Photo
-    label: str  # "" where folders name none
-    split: str  # one of SPLITS
+Looked = list[Photo | Rejected]
+"""What became of one file: a photo, several tiles, or nothing usable."""
 
 
-class Assigned(NamedTuple):
-    """All that goes into the dataset, in its order, and what does not."""
-
-    samples: list[Sample]  # by (split, sha256): each split is contiguous, and its order already a shuffle
-    rejected: list[Rejected]  # by key
-    duplicates: list[tuple[str, str]]  # (key left out, key of the equal photo that was kept), by key
-    notes: list[str]  # what a person should hear about the splits
-
-
-def listing(store: Store) -> list[Entry]:
-    """All that may be a photo, sorted by key; names that begin with a dot are not looked at, as everywhere.
-
-    Raises: MissingError where there is nothing.
-    """
-    hidden = "/."
-    found = sorted(e for e in store.list() if hidden not in f"/{e.key}")
-    if not found:
-        raise MissingError("source", store.uri, "holds no files", "give a folder or s3://bucket/prefix of photos")
-    return found
-
-
-def fingerprint(entries: Sequence[Entry], settings: PackSettings) -> str:
+def fingerprint(items: Sequence[Item], settings: PackSettings) -> str:
     """Digest of a listing: equal ones mean equal photos, without reading them."""
-    total = hashlib.sha256(dumps([__version__, settings.accepted]).encode())
-    for entry in entries:
-        total.update(json.dumps(entry).encode())
+    total = hashlib.sha256(dumps([__version__, settings.accepted, settings.tile_px]).encode())
+    for item in items:
+        total.update(json.dumps(item).encode())
     return total.hexdigest()
-
-
-def num_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def scan(
     store: Store,
-    entries: Sequence[Entry],
+    items: Sequence[Item],
     settings: PackSettings,
-    pool: Executor,
+    mapper: Mapper,
     *,
     cache: Store | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[Photo | Rejected]:
     """Look at every photo, in order. With a `cache`, results are kept there under scan/ and not computed twice."""
-    # Decoded pixels are the memory: no more pictures at once than CPUs, however many reads wait.
-    decoding = threading.BoundedSemaphore(num_cpus())
-    for start in range(0, len(entries), SCAN_CHUNK):
-        chunk = entries[start : start + SCAN_CHUNK]
-        kept = f"scan/{fingerprint(chunk, settings)}.json"
-        if cache is not None and cache.exists(kept):
-            rows = json.loads(cache.read(kept))
+    chunks = [items[start : start + SCAN_CHUNK] for start in range(0, len(items), SCAN_CHUNK)]
+    names = [f"scan/{fingerprint(chunk, settings)}.json" for chunk in chunks]
+    there = {entry.key for entry in cache.list("scan/")} if cache is not None else set()
+    tasks = [
+        chunk[start : start + TASK_PHOTOS]
+        for chunk, name in zip(chunks, names, strict=True)
+        if name not in there
+        for start in range(0, len(chunk), TASK_PHOTOS)
+    ]
+    # One stream over all chunks: no worker waits for the end of a chunk.
+    looked = itertools.chain.from_iterable(mapper(partial(look_all, store, settings.accepted, settings.tile_px), tasks))
+    done = len(items) - sum(len(task) for task in tasks)
+    for chunk, name in zip(chunks, names, strict=True):
+        if cache is not None and name in there:
+            rows = json.loads(cache.read(name))
             yield from (Photo(*row) if len(row) > 2 else Rejected(*row) for row in rows)
             continue
-        found: list[Photo | Rejected] = []
-        for result in pool.map(lambda entry: look(store, entry, settings.accepted, decoding), chunk):
-            found.append(result)
+        found: Looked = []
+        for results in itertools.islice(looked, len(chunk)):
+            found += results
+            done += 1
             if on_progress is not None:
-                on_progress("scanning", start + len(found), len(entries))
+                on_progress("scanning", done, len(items))
         if cache is not None:
-            cache.write(kept, json.dumps(found).encode())
+            cache.write(name, json.dumps(found).encode())
         yield from found
 
 
-def look(store: Store, entry: Entry, limits: Limits, decoding: threading.BoundedSemaphore) -> Photo | Rejected:
-    """Read, hash and decode one file. Raises: what the store raises, except for a file that is gone or unreadable."""
+def look_all(store: Store, limits: Limits, tile_px: int | None, items: Sequence[Item]) -> list[Looked]:
+    """Look at some, in order. Raises: what the store raises, except for a file that is gone or unreadable."""
+    reasons = {item.key: reason for item in items if (reason := _not_worth_reading(item, limits))}
+    datas = read_all(store, [item for item in items if item.key not in reasons])
+    return [
+        [Rejected(_printable(item.key), reasons[item.key])]
+        if item.key in reasons
+        else _look(item, next(datas), limits, tile_px)
+        for item in items
+    ]
+
+
+def _not_worth_reading(item: Item, limits: Limits) -> str:
+    """Why, "" for one that is to be read."""
+    if item.key != _printable(item.key):
+        return "its name is not UTF-8"
+    if item.key.endswith(TAR) and not item.tar:
+        return "is no whole tar file; members before the damage are packed"
+    return f"{item.size} bytes: at most {limits.max_bytes} bytes are read" if item.size > limits.max_bytes else ""
+
+
+def _printable(key: str) -> str:
+    return key.encode(errors="backslashreplace").decode()
+
+
+def _look(item: Item, data: bytes | MissingError, limits: Limits, tile_px: int | None) -> Looked:
     try:
-        entry.key.encode()
-    except UnicodeEncodeError:
-        return Rejected(entry.key.encode(errors="backslashreplace").decode(), "its name is not UTF-8")
-    if entry.size > limits.max_bytes:  # not worth reading
-        return Rejected(entry.key, f"{entry.size} bytes: at most {limits.max_bytes} bytes are read")
-    try:
-        data = store.read(entry.key)
-        header = read_header(data, limits, entry.key)
-        with decoding:
-            decode_rgb(data, limits, entry.key)
+        if isinstance(data, MissingError):
+            raise data
+        header = read_header(data, limits, item.key)
+        pixels = decode_rgb(data, limits, item.key)
     except (ImageError, MediaTypeError, TooLargeError, MissingError) as error:
-        return Rejected(entry.key, f"{error.value}: {error.rule}")
-    digest = hashlib.sha256(data).hexdigest()
-    return Photo(entry.key, len(data), digest, header.width, header.height, header.format)
+        return [Rejected(item.key, f"{error.value}: {error.rule}")]
+    whole = Photo(
+        source_key=item.key,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        width=header.width,
+        height=header.height,
+        format=header.format,
+        look=perceptual_hash(pixels),
+        tar=item.tar,
+        tar_offset=item.offset,
+        tar_size=item.size if item.tar else 0,
+    )
+    if tile_px is None or max(header.width, header.height) <= tile_px:
+        return [whole]
+    return [_tile(whole, pixels, box) for box in boxes(header.height, header.width, tile_px)]
 
 
-def assign(found: Sequence[Photo | Rejected], settings: PackSettings) -> Assigned:
-    """Labels, splits and de-duplication. Independent of the order of `found`."""
-    rejected = [f for f in found if isinstance(f, Rejected)]
-    candidates: list[Sample] = []
-    for photo in (f for f in found if isinstance(f, Photo)):
-        folders = photo.source_key.split("/")[:-1]
-        split = "" if settings.split == "hash" else _FOLDERS.get(folders[0] if folders else "", "?")
-        if split == "?":
-            rejected.append(Rejected(photo.source_key, "not in a folder named train, validation (val) or test"))
-            continue
-        labels = folders if settings.split == "hash" else folders[1:]
-        candidates.append(Sample(photo, labels[0] if labels else "", split))
-    # Of equal photos the held-out one stays: what is scored must not be trained on.
-    candidates.sort(key=lambda s: (-SPLITS.index(s.split) if s.split else 0, s.photo.source_key))
-    kept: dict[str, Sample] = {}
-    duplicates: list[tuple[str, str]] = []
-    for sample in candidates:
-        first = kept.setdefault(sample.photo.sha256, sample)
-        if first is not sample:
-            duplicates.append((sample.photo.source_key, first.photo.source_key))
-    notes: list[str] = []
-    if settings.split == "hash":
-        splits, notes = hash_splits(list(kept), *settings.fractions)
-        samples = [s._replace(split=splits[digest]) for digest, s in kept.items()]
-    else:
-        samples = list(kept.values())
-    samples.sort(key=lambda s: (SPLITS.index(s.split), s.photo.sha256))
-    return Assigned(samples, sorted(rejected), sorted(duplicates), notes)
-
-
-def hash_splits(digests: Sequence[str], validation: float, test: float) -> tuple[dict[str, str], list[str]]:
-    """(sha256 hex -> split, notes). A photo's split depends on its content alone, so it stays as others come and go.
-
-    Read as a fraction, a digest below `validation` is validation, below `validation + test` test, the rest train.
-    A wanted split that came out empty is given the photo nearest to its range, of a split that has another one;
-    train, which must not be empty, takes it of any.
-    """
-    ranges = {
-        "validation": (0.0, validation),
-        "test": (validation, validation + test),
-        "train": (validation + test, 1.0),
-    }
-    where = {d: int(d[:13], 16) / 16**13 for d in sorted(digests)}  # 52 bits: exact in a float
-
-    def distance(digest: str, split: str) -> float:
-        low, high = ranges[split]
-        return max(low - where[digest], where[digest] - high, 0.0)
-
-    splits = {d: next(s for s, (low, high) in ranges.items() if low <= x < high) for d, x in where.items()}
-    notes: list[str] = []
-    for split in SPLITS:
-        low, high = ranges[split]
-        if low == high or split in splits.values():
-            continue
-        sizes = Counter(splits.values())
-        donors = [d for d, s in splits.items() if sizes[s] > 1] or [d for d in splits if split == "train"]
-        if not donors:
-            notes.append(f"split {split} is empty: too few photos")
-            continue
-        nearest = min(donors, key=lambda d: (distance(d, split), d))
-        notes.append(f"split {split} came out empty: it was given 1 photo of {splits[nearest]}, the nearest by hash")
-        splits[nearest] = split
-    return splits, notes
+def _tile(whole: Photo, pixels: U8, box: Box) -> Photo:
+    data = crop(pixels, box)
+    return whole._replace(
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        width=box.width,
+        height=box.height,
+        format="png",
+        box=str(box),
+        whole=whole.sha256,
+    )
