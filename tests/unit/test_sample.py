@@ -1,15 +1,19 @@
 """A sample is a pure function of its identity, and its lr is what cutting the degraded photo gives."""
 
+import json
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayscale.data.cut import check_sizes, cut
-from rayscale.data.degrade import Bicubic, apply
+from rayscale.data import presets
+from rayscale.data.cut import check_sizes, cut, recut, sample_shapes
+from rayscale.data.degrade import Bicubic, Operator, apply, scale_of
 from rayscale.data.mixture import open_mixture
+from rayscale.data.operators import GaussianBlur, Jpeg, Resize, Sampling
 from rayscale.data.plan import DataSettings, sample_generator
 from rayscale.data.sample import render_window
 from rayscale.data.shards import open_split
@@ -70,6 +74,55 @@ def test_flips_turn_both_halves_of_the_pair_alike() -> None:
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) == 8, "all quarter turns and mirrorings happen"
+
+
+@pytest.mark.parametrize("sampling", ["420", "444"])
+def test_jpeg_blocks_of_a_crop_are_those_of_the_photo(sampling: Sampling) -> None:
+    """So they lie at every place in crops, and cutting the compressed photo gives lr."""
+    photo = smooth_photo(150, 170)
+    chain = (Jpeg(quality=(20, 20), sampling=(sampling,)),)
+    whole, _ = apply(chain, photo, np.random.default_rng(0))
+    rows = set()
+    for crop in range(40):
+        tensors, drawn = cut(photo, replace(SETTINGS, degradation=chain), sample_generator(1, 0, 0, crop))
+        top, left = drawn[0]["top"], drawn[0]["left"]
+        assert np.array_equal(tensors["lr"], whole[top : top + 24, left : left + 24])
+        bare, _ = apply(chain, np.ascontiguousarray(tensors["hr"]), np.random.default_rng(0))
+        assert np.array_equal(bare, tensors["lr"]) is False, "its own blocks would be others"
+        rows.add(top % 16)
+    assert len(rows) > 10
+
+
+@pytest.mark.parametrize("chain", [(GaussianBlur(sigma=(2, 2), sizes=(9,)),), (Resize(scale=4, methods=("bicubic",)),)])
+def test_plain_chains_give_what_cutting_the_degraded_photo_gives(chain: tuple[Operator, ...]) -> None:
+    photo = smooth_photo(152, 168)
+    settings, scale = replace(SETTINGS, degradation=chain), scale_of(chain)
+    whole, _ = apply(chain, photo, np.random.default_rng(0))
+    for crop in range(20):
+        tensors, drawn = cut(photo, settings, sample_generator(1, 0, 0, crop))
+        top, left, side = drawn[0]["top"], drawn[0]["left"], 24 // scale
+        expected = whole[top : top + side, left : left + side].astype(int)
+        assert np.abs(tensors["lr"] - expected).max() <= 1  # sums in another order
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [(), presets.bicubic(3), presets.real_esrgan(2), presets.bsrgan(4), presets.deblur(), presets.inpaint(),
+     presets.burst(4, 5)],
+)  # fmt: skip
+@pytest.mark.parametrize("sides", [(48, 48), (49, 131), (200, 64)])
+def test_shapes_are_known_before_a_sample_is_cut(chain: presets.Degradation, sides: tuple[int, int]) -> None:
+    settings = replace(SETTINGS, hr_crop_px=48, degradation=chain, flips=True)
+    photo = smooth_photo(*sides)
+    tensors, drawn = cut(photo, settings, sample_generator(0, 0, 0, 0))
+    assert {name: tensor.shape for name, tensor in tensors.items()} == sample_shapes(settings)
+    assert all(tensor.dtype == np.uint8 for tensor in tensors.values())
+    again = recut(photo, settings, json.loads(json.dumps(drawn)))
+    assert all(np.array_equal(tensors[name], again[name]) for name in tensors)
+
+
+def smooth_photo(height: int, width: int) -> U8:
+    return cv2.resize(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8), (width, height))
 
 
 def test_rows_of_a_window_do_not_depend_on_where_one_starts(dataset: str) -> None:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from rayscale.data.draws import Chain, Draws
 from rayscale.data.kernels import to_u8
-from rayscale.data.operators import Range, Value
+from rayscale.data.operators import Range
+from rayscale.data.value import Value
 from rayscale.imaging import F32, U8
 
 Affine = NDArray[np.float64]
@@ -30,7 +31,7 @@ Affine = NDArray[np.float64]
 class _Augmentation(Value):
     probability: float = 1.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._probability("probability")
 
 
@@ -56,8 +57,8 @@ class Rotate(_Augmentation):
     degrees: float
     name: Literal["rotate"] = "rotate"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._require("degrees", 0 <= self.degrees <= 45, "must be in 0..45", "try 5")
 
 
@@ -68,8 +69,8 @@ class Translate(_Augmentation):
     px: float
     name: Literal["translate"] = "translate"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._require("px", 0 <= self.px <= 256, "must be in 0..256", "try 0.5")
 
 
@@ -80,8 +81,8 @@ class Zoom(_Augmentation):
     factor: Range
     name: Literal["zoom"] = "zoom"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._range("factor", 0.125, 8)
 
 
@@ -92,8 +93,8 @@ class Brightness(_Augmentation):
     offset: Range  # of 0..255
     name: Literal["brightness"] = "brightness"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._range("offset", -255, 255)
 
 
@@ -104,8 +105,8 @@ class Contrast(_Augmentation):
     factor: Range
     name: Literal["contrast"] = "contrast"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._range("factor", 0)
 
 
@@ -116,8 +117,8 @@ class Saturation(_Augmentation):
     factor: Range
     name: Literal["saturation"] = "saturation"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._range("factor", 0)
 
 
@@ -128,8 +129,8 @@ class Hue(_Augmentation):
     degrees: float
     name: Literal["hue"] = "hue"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._require("degrees", 0 <= self.degrees <= 180, "must be in 0..180", "try 10")
 
 
@@ -140,8 +141,8 @@ class ChannelGain(_Augmentation):
     factor: Range
     name: Literal["channel_gain"] = "channel_gain"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         self._range("factor", 0)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from rayscale.data import augment
-from rayscale.data.degrade import BLOCK_PX, degrade, frames_of, has_codec, margin_px, mask_in
+from rayscale.data.degrade import degrade
 from rayscale.data.draws import Chain, Drawn
+from rayscale.data.extent import BLOCK_PX, frames_of, has_codec, margin_px, mask_in
 from rayscale.data.plan import DataSettings
 from rayscale.data.shards import Photos
 from rayscale.errors import ConfigError

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from rayscale.errors import ConfigError
+from rayscale.data.value import Value
 
 Border = Literal["replicate", "mirror"]
 Method = Literal["nearest", "bilinear", "bicubic", "area", "lanczos"]
@@ -24,27 +24,6 @@ Range = tuple[float, float]
 
 METHODS: tuple[Method, ...] = ("area", "bilinear", "bicubic")  # what the published chains choose from
 ODD_SIZES = tuple(range(7, 22, 2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Value:
-    """A plain value in a recipe. Unknown fields are refused where it is read from JSON."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = {"extra": "forbid"}
-
-    def _require(self, field: str, good: bool, rule: str, remedy: str) -> None:
-        if not good:
-            name = getattr(self, "name", type(self).__name__)
-            raise ConfigError(f"{name}.{field}", getattr(self, field), rule, remedy)
-
-    def _range(self, field: str, least: float, most: float = math.inf) -> None:
-        low, high = getattr(self, field)
-        rule = f"must be (low, high) with {least:g} <= low <= high" + (f" <= {most:g}" if most < math.inf else "")
-        self._require(field, least <= low <= high <= most, rule, "give both ends, the lower first")
-
-    def _probability(self, *fields: str) -> None:
-        for field in fields:
-            self._require(field, 0 <= getattr(self, field) <= 1, "must be a probability, 0..1", "try 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +37,7 @@ class Bicubic(Value):
     border: Border = "replicate"
     name: Literal["bicubic"] = "bicubic"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require("scale", self.scale >= 1, "must be at least 1", "try 2")
         self._require("border", self.border in ("replicate", "mirror"), "must be replicate or mirror", "choose one")
 
@@ -74,7 +53,7 @@ class Resize(Value):
     methods: tuple[Method, ...] = METHODS
     name: Literal["resize"] = "resize"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require("scale", self.scale >= 1, "must be at least 1", "try 4")
         self._require("methods", bool(self.methods), "must name at least one", "e.g. area")
 
@@ -93,7 +72,7 @@ class RandomResize(Value):
     methods: tuple[Method, ...] = METHODS
     name: Literal["random_resize"] = "random_resize"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         rule = "must be three weights (up, down, keep), not all 0"
         weights = self.probabilities
         self._require("probabilities", min(weights) >= 0 and sum(weights) > 0, rule, "e.g. 0.2, 0.7, 0.1")
@@ -111,7 +90,7 @@ class Shrink(Value):
     methods: tuple[Method, ...] = METHODS
     name: Literal["shrink"] = "shrink"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("ratio", 1)
         self._require("methods", bool(self.methods), "must name at least one", "e.g. area")
 
@@ -124,7 +103,7 @@ class Decimate(Value):
     sigma: Range  # pixels it is given
     name: Literal["decimate"] = "decimate"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require("scale", self.scale >= 1, "must be at least 1", "try 2")
         self._range("sigma", 0)
 
@@ -145,7 +124,7 @@ class GaussianBlur(Value):
     uniform_in: Literal["sigma", "variance"] = "sigma"  # what is drawn uniformly: sigma, or its square
     name: Literal["gaussian_blur"] = "gaussian_blur"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("sigma", 0)
         low, high = self.beta
         self._require("beta", 0 < low <= 1 <= high, "must be (low, high) with 0 < low <= 1 <= high", "e.g. 0.5, 4")
@@ -160,7 +139,7 @@ class Sinc(Value):
     sizes: tuple[int, ...] = ODD_SIZES
     name: Literal["sinc"] = "sinc"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("cutoff", 0.1, math.pi)
         self._require("sizes", _odd(self.sizes), "must be odd sides of 1 px or more", "e.g. 7, 9, 11")
 
@@ -172,7 +151,7 @@ class MotionBlur(Value):
     length: Range  # pixels
     name: Literal["motion_blur"] = "motion_blur"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("length", 0, 64)
 
 
@@ -183,7 +162,7 @@ class Defocus(Value):
     radius: Range  # pixels
     name: Literal["defocus"] = "defocus"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("radius", 0, 32)
 
 
@@ -198,7 +177,7 @@ class GaussianNoise(Value):
     correlated: float = 0.0
     name: Literal["gaussian_noise"] = "gaussian_noise"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("sigma", 0, 255)
         self._probability("gray", "correlated")
         self._require("correlated", self.gray + self.correlated <= 1, "plus gray must be at most 1", "lower one")
@@ -214,7 +193,7 @@ class PoissonNoise(Value):
     gray: float = 0.0
     name: Literal["poisson_noise"] = "poisson_noise"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("scale", 0)
         self._probability("gray")
 
@@ -227,7 +206,7 @@ class SpeckleNoise(Value):
     gray: float = 0.0
     name: Literal["speckle_noise"] = "speckle_noise"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("sigma", 0, 255)
         self._probability("gray")
 
@@ -240,7 +219,7 @@ class SaltPepper(Value):
     salt: float = 0.5
     name: Literal["salt_pepper"] = "salt_pepper"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("amount", 0, 1)
         self._probability("salt")
 
@@ -253,7 +232,7 @@ class Jpeg(Value):
     sampling: tuple[Sampling, ...] = ("420",)  # of chroma, each as likely
     name: Literal["jpeg"] = "jpeg"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("quality", 1, 100)
         self._require("sampling", bool(self.sampling), "must name at least one", "e.g. 420")
 
@@ -265,7 +244,7 @@ class Webp(Value):
     quality: tuple[int, int]
     name: Literal["webp"] = "webp"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("quality", 1, 100)
 
 
@@ -281,7 +260,7 @@ class Mask(Value):
     fill: int = 0
     name: Literal["mask"] = "mask"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._range("ratio", 0, 1)
         self._require("fill", 0 <= self.fill <= 255, "must be in 0..255", "0 is black")
         self._require("kinds", bool(self.kinds), "must name at least one", "e.g. box")
@@ -302,7 +281,7 @@ class Burst(Value):
     each: tuple[Operator, ...] = ()
     name: Literal["burst"] = "burst"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require("frames", 1 <= self.frames <= 64, "must be in 1..64", "try 8")
         self._require("shift_px", self.shift_px >= 0, "must not be negative", "0 keeps frames in place")
         self._require("degrees", 0 <= self.degrees <= 45, "must be in 0..45", "try 1")
@@ -316,7 +295,7 @@ class Sometimes(Value):
     operators: tuple[Operator, ...]
     name: Literal["sometimes"] = "sometimes"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._probability("probability")
 
 
@@ -328,7 +307,7 @@ class OneOf(Value):
     weights: tuple[float, ...] = ()
     name: Literal["one_of"] = "one_of"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require("options", bool(self.options), "must not be empty", "add a chain")
         good = not self.weights or (
             len(self.weights) == len(self.options) and min(self.weights) >= 0 < sum(self.weights)
@@ -344,7 +323,7 @@ class Shuffled(Value):
     ordered: tuple[int, ...] = ()
     name: Literal["shuffled"] = "shuffled"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         good = list(self.ordered) == sorted(set(self.ordered)) and set(self.ordered) <= set(range(len(self.operators)))
         self._require("ordered", good, f"must be ascending indices into {len(self.operators)} operators", "correct it")
 
