@@ -14,7 +14,7 @@ import pytest
 
 RECIPE = "rayscale.recipes.compact:tiny"
 SETTINGS = ["run.keep_checkpoints=99", "task.features=24", "data.hr_crop_px=96", "task.optimizer.learning_rate=0.0003"]
-TOTAL, EVERY = 4096, 256
+EVERY = 256  # images from checkpoint to checkpoint
 
 # A cluster of two raylets, in a process of its own: two clusters in one process do not work.
 PROGRAM = """
@@ -71,8 +71,7 @@ cluster.shutdown()
 """
 
 
-def run(how: str, dataset: str, storage: Path) -> dict[str, Any]:
-    settings = [*SETTINGS, f"run.total_images={TOTAL}"]
+def run(how: str, dataset: str, storage: Path, *settings: str) -> dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, dataset, str(storage), how, RECIPE, *settings]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
@@ -86,9 +85,11 @@ def run(how: str, dataset: str, storage: Path) -> dict[str, Any]:
 def test_fewer_workers_go_on_where_a_node_is_lost(
     how: str, dataset: str, tmp_path: Path, planned_chains: Callable[[str, Sequence[str]], dict[int, str]]
 ) -> None:
-    found = run(how, dataset, tmp_path)
-    planned = planned_chains(RECIPE, [*SETTINGS, f"run.total_images={TOTAL}"])
-    assert found["chain"] == planned[TOTAL]
+    total = 2048 if how == "killed" else 4096  # a notice is heard within ten seconds or so
+    settings = [*SETTINGS, f"run.total_images={total}"]
+    found = run(how, dataset, tmp_path, *settings)
+    planned = planned_chains(RECIPE, settings)
+    assert found["chain"] == planned[total]
     starts = [tuple(start) for start in found["starts"]]
     assert starts[0] == (0, 2)
     assert starts[-1][1] == 1, "one worker went on"
@@ -98,3 +99,47 @@ def test_fewer_workers_go_on_where_a_node_is_lost(
     if how == "notice":
         assert [images % EVERY > 0 for images in found["saved"]].count(True) == 1, "made on the notice, out of turn"
         assert found["seconds_to_checkpoint"] < 30
+
+
+LABELLED = """
+import sys
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+dataset, out, label = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+chosen = cluster.add_node(num_cpus=2, object_store_memory=200 << 20, labels={"role": "data"})
+ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+from rayscale.data.mixture import Mixture, open_mixture
+from rayscale.data.pairs import DataPlacement, Render, training_data
+from rayscale.data.plan import DataSettings
+
+class Telling(Mixture):
+    def read_each(self, images):
+        Path(out, ray.get_runtime_context().get_node_id()).touch()
+        return Mixture.read_each(self, images)
+
+photos = open_mixture((dataset,), "train")
+plan = photos.plan(DataSettings(hr_crop_px=48, micro_batch=2, virtual_shards=4, window_images=4, crops=1))
+placement = DataPlacement(node_labels={"role": label} if label else {})
+blocks = training_data(Render(Telling(photos.parts), plan, 0, 24, 1), placement)
+assert blocks.count() == 96
+Path(out, "chosen").write_text(chosen.node_id)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("label", ["data", ""])
+def test_data_work_keeps_to_the_nodes_with_a_label(label: str, dataset: str, tmp_path: Path) -> None:
+    """Without a label (the negative control) it goes wherever there is a CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", LABELLED, dataset, str(tmp_path), label], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    chosen = (tmp_path / "chosen").read_text()
+    nodes = {path.name for path in tmp_path.iterdir()} - {"chosen"}
+    assert (nodes == {chosen}) == (label == "data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,7 +19,8 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from rayscale.cli.train import train
-from rayscale.errors import ConfigError, DivergedError, IntegrityError, ResourceError
+from rayscale.data.shards import open_split
+from rayscale.errors import ConfigError, DamageError, DivergedError, IntegrityError, ResourceError
 from rayscale.train import checkpoint
 from rayscale.train.record import read_position
 
@@ -197,3 +200,25 @@ def test_best_needs_something_to_be_scored_on(photo_folder: Path, tmp_path: Path
     pack(str(tmp_path / "photos"), str(tmp_path / "out"), PackSettings(split="folder", min_side=64))
     with pytest.raises(ConfigError, match=r"run\.ship=best: needs a validation split"):
         train(recipe=RECIPE, data=[str(tmp_path / "out")], storage=str(tmp_path / "runs"))
+
+
+def test_damaged_photos_are_replaced_within_a_budget_and_stop_the_run_beyond_it(
+    dataset: str, storage: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    photos = open_split(str(copy), "train")
+    index = photos._index
+    for image in (2, 7):
+        shard = copy / index.shards[index.shard[image]]
+        data = bytearray(shard.read_bytes())
+        data[index.offset[image] + 200] ^= 1
+        shard.write_bytes(data)
+    short = ("run.total_images=256", "run.log_every_images=128")
+    with pytest.raises(DamageError, match=r"run\.damage_budget=0\.001: [12] of 12 photos are damaged.*repair"):
+        run(str(copy), storage, 2, "spoiled", *short)
+    assert len(read_position(str(storage / "spoiled")).starts) == 1, "not tried again"
+    assert not checkpoint.checkpoints(str(storage / "spoiled"))
+    result = run(str(copy), storage, 2, "mended", *short, "run.damage_budget=0.2")
+    assert result["images_seen"] == 256
+    ledger = json.loads((storage / "mended/ledger.json").read_text())
+    assert set(ledger) == {photos.keys[2], photos.keys[7]}
