@@ -36,6 +36,13 @@ class Entry(NamedTuple):
     etag: str
 
 
+class Got(NamedTuple):
+    """What was read of an object, and the `etag` of the object it was read from."""
+
+    data: bytes
+    etag: str
+
+
 class Store(ABC):
     """A place that holds objects by key. Writes are atomic: a reader sees the old object, the new one, or none."""
 
@@ -50,8 +57,15 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes [start, start + length) of an object, fewer only at its end. Raises: MissingError."""
+    def get(self, key: str, *, start: int = 0, length: int | None = None, etag: str = "") -> Got:
+        """Bytes [start, start + length) of an object, fewer only at its end.
+
+        Raises: MissingError; ConflictError where `etag` is given and the object is no longer that one.
+        """
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str = "") -> bytes:
+        """`get` without the etag."""
+        return self.get(key, start=start, length=length, etag=etag).data
 
     @abstractmethod
     def write(self, key: str, data: bytes | bytearray, *, if_absent: bool = False) -> None:
@@ -117,6 +131,11 @@ def check_free(path: str | Path, need_bytes: int, what: str) -> None:
         raise ResourceError("disk", store.uri, rule, "free some space or choose another place")
 
 
+def overwritten(uri: str | Path) -> ConflictError:
+    """What `Store.get` raises where the object is no longer the one that was asked for."""
+    return ConflictError("object", uri, "was overwritten since it was first read", "restore it, or start anew")
+
+
 def upload_dir(path: str | Path, uri: str | Path, *, last: str = "") -> None:
     """A whole folder, names in sorted order, the file named `last` (relative, "/"-separated) at the very end.
 
@@ -180,11 +199,14 @@ class LocalStore(Store):
             if entry.key.startswith(prefix):
                 yield entry
 
-    def read(self, key: str, *, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, *, start: int = 0, length: int | None = None, etag: str = "") -> Got:
         path = self.path(key)
         with os_errors(path), path.open("rb") as file:
+            now = _etag(os.fstat(file.fileno()))
+            if etag not in ("", now):
+                raise overwritten(path)
             file.seek(start)
-            return file.read() if length is None else file.read(length)
+            return Got(file.read() if length is None else file.read(length), now)
 
     def write(self, key: str, data: bytes | bytearray, *, if_absent: bool = False) -> None:
         with whole(self.path(key), if_absent=if_absent) as temporary:
@@ -231,7 +253,11 @@ def _walk(folder: Path, base: str, above: frozenset[tuple[int, int]]) -> Iterato
         elif entry.is_file() and not name.startswith(TEMPORARY):
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 info = entry.stat()
-                yield Entry(base + name, info.st_size, f"{info.st_mtime_ns:x}-{info.st_size:x}")
+                yield Entry(base + name, info.st_size, _etag(info))
+
+
+def _etag(info: os.stat_result) -> str:
+    return f"{info.st_mtime_ns:x}-{info.st_size:x}"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import pytest
 
 from rayscale import storage_s3
 from rayscale.data.pack import pack
+from rayscale.data.parallel import local
 from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, UnavailableError
@@ -52,6 +53,21 @@ def test_objects_come_back_whole_and_by_range(uri):
     assert store.read("empty") == store.read("empty", start=0, length=5) == b""
     store.write("plain", b"new")
     assert store.read("plain") == b"new"
+
+
+def test_an_object_that_was_overwritten_is_noticed(uri):
+    store = open_store(uri)
+    store.write("x", b"first bytes")
+    data, etag = store.get("x", start=2, length=3)
+    assert (data, etag) == (b"rst", next(iter(store.list("x"))).etag)
+    for _ in range(3):  # the first GET of a bucket is another one than those that follow
+        assert store.read("x", start=6, length=5, etag=etag) == store.read("x", start=6, etag=etag) == b"bytes"
+    assert store.read("x", etag=etag) == b"first bytes"
+    store.write("x", b"other bytes!")
+    for asked in ({"start": 2, "length": 3}, {}):
+        with pytest.raises(ConflictError, match=r"object=.*/x: was overwritten since it was first read"):
+            store.get("x", etag=etag, **asked)
+        assert store.get("x", **asked).etag != etag  # negative control: nobody asked for the first one
 
 
 def test_listings_are_sorted_by_whole_key_and_stay_inside(uri):
@@ -203,6 +219,37 @@ def test_ray_writes_through_pyarrow_to_the_same_place(s3):
     assert open_store(s3).read("runs/a/checkpoint.json") == b"{}"
 
 
+def test_ranged_reads_repeat_what_boto3_sent_with_credentials_that_may_change(s3, monkeypatch):
+    store, sent = open_store(s3), []
+    store.write("with space/ünï+~.jpg", bytes(range(100)))
+    assert store.read("with space/ünï+~.jpg", start=1, length=2) == b"\1\2"  # boto3, to learn the address
+    gets = storage_s3._gets()
+    monkeypatch.setattr(gets, "_ask", lambda *_: pytest.fail("asked boto3"))
+    address = gets._addresses["photos"]
+    real = address.pool.urlopen
+    monkeypatch.setattr(address.pool, "urlopen", lambda *a, **k: (sent.append((a, k["headers"])), real(*a, **k))[1])
+    assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"
+    (_, path), headers = sent[0]
+    assert path == "/photos/set/with%20space/%C3%BCn%C3%AF%2B~.jpg"
+    signed = headers["Authorization"]
+    assert "/us-east-1/s3/aws4_request, SignedHeaders=host;range;x-amz-content-sha256;x-amz-date" in signed
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of a role")
+    assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"  # other settings, another client
+    assert len(sent) == 1
+    token = storage_s3._gets()
+    assert token is not gets
+    assert token._credentials.token == "of a role"
+
+
+def test_a_proxy_of_the_environment_is_left_to_boto3(s3, moto, monkeypatch):
+    open_store(s3).write("x", b"1234")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.amazonaws.com")
+    monkeypatch.setenv("HTTP_PROXY", moto)
+    for _ in range(2):
+        assert open_store(s3).read("x", start=1, length=2) == b"23"
+    assert storage_s3._gets()._addresses == {"photos": None}
+
+
 # ------------------------------------------------------------------------------------------- a bad network
 
 
@@ -339,10 +386,10 @@ def photos(tmp_path):
 
 def test_a_bucket_gives_the_same_dataset_as_a_folder(s3, photos, tmp_path):
     upload_dir(photos, join(s3, "in"))
-    local = pack(str(photos), str(tmp_path / "out"), SETTINGS).manifest
-    remote = pack(join(s3, "in"), join(s3, "out"), SETTINGS, workers=5).manifest
+    here = pack(str(photos), str(tmp_path / "out"), SETTINGS).manifest
+    remote = pack(join(s3, "in"), join(s3, "out"), SETTINGS, mapper=local(5)).manifest
     assert remote.source == join(s3, "in")
-    assert replace(remote, source=local.source) == local
+    assert replace(remote, source=here.source) == here
     download_dir(join(s3, "out"), tmp_path / "back")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {p.name for p in (tmp_path / "back").iterdir()} == names
