@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rayscale import recipes
 from rayscale.contract import digest, dumps, loads, to_json
 from rayscale.data import presets
-from rayscale.data.degrade import _FUNCTIONS, Operator, apply, degrade, replay, scale_of
+from rayscale.data.degrade import FUNCTIONS, Operator, apply, degrade, replay, scale_of
 from rayscale.data.draws import Chain, Drawn
 from rayscale.data.extent import has_codec, margin_px
 from rayscale.data.operators import (
@@ -152,7 +152,7 @@ def test_presets_keep_their_contract(name: str) -> None:
 
 def test_every_operator_has_its_function() -> None:
     union = Operator.__origin__.__args__  # type: ignore[attr-defined]
-    assert set(union) == {*_FUNCTIONS, Mask}, "the mask is the end of a chain, not a step of it"
+    assert set(union) == {*FUNCTIONS, Mask}, "the mask is the end of a chain, not a step of it"
     assert {type(o) for chain in PRESETS.values() for o in walk(chain)} <= set(union)
     assert len({operator.__dataclass_fields__["name"].default for operator in union}) == len(union)
 

@@ -95,7 +95,7 @@ def degrade(
 
 def _run(operators: Sequence[Operator], picture: U8, chain: Chain, origin: Sides) -> U8:
     for operator in operators:
-        picture = _FUNCTIONS[type(operator)](operator, picture, chain.next(operator.name, origin))
+        picture = FUNCTIONS[type(operator)](operator, picture, chain.next(operator.name, origin))
     return picture
 
 
@@ -141,7 +141,7 @@ def _shift(operator: Burst, picture: U8, draws: Draws) -> U8:
     return moved
 
 
-_FUNCTIONS: dict[type, Callable[[Any, U8, Draws], U8]] = {
+FUNCTIONS: dict[type, Callable[[Any, U8, Draws], U8]] = {
     Bicubic: resize.bicubic,
     Resize: resize.resize_exactly,
     RandomResize: resize.random_resize,

@@ -112,7 +112,9 @@ def deblock(quality: tuple[int, int] = (10, 80)) -> Degradation:
 
 
 def deblur() -> Degradation:
-    """One of motion, defocus and Gaussian blur, and a little noise, as Levin et al. (CVPR 2009) measure it."""
+    """One of motion, defocus and Gaussian blur, and a little noise. The ranges are our own: motion as far as the
+    hand-held kernels that Levin et al. (CVPR 2009) recorded.
+    """
     options: tuple[Degradation, ...] = (
         (MotionBlur(length=(3.0, 25.0)),),
         (Defocus(radius=(1.0, 5.0)),),
