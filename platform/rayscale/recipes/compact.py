@@ -5,8 +5,11 @@ python jobs/train.py --recipe rayscale.recipes.compact:x2 --data s3://bucket/pho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rayscale.data.degrade import Bicubic
 from rayscale.data.plan import DataSettings
+from rayscale.data.presets import real_esrgan
 from rayscale.recipes import Recipe
 from rayscale.registry.gate import Gate
 from rayscale.task import Optimizer
@@ -64,6 +67,12 @@ def x3() -> Recipe:
 def x4() -> Recipe:
     """x4 for production."""
     return _production(4)
+
+
+def real_x4() -> Recipe:
+    """x4 for photos as they are found: blurred, noisy and compressed in the second order of Real-ESRGAN."""
+    base = _production(4)
+    return replace(base, data=replace(base.data, degradation=real_esrgan(4)))
 
 
 def _production(scale: int) -> Recipe:
