@@ -425,5 +425,5 @@ def test_photos_come_whole_over_a_bad_network(faults, s3, photos):
         assert split.read(order) == [good[i] for i in order]
     assert Faulty.seen.count("GET flip") > 2
     faults[:] = ["flip"] * 100
-    with pytest.raises(IntegrityError, match="read 3 times"):
+    with pytest.raises(IntegrityError, match="read 5 times"):
         split.read([0])

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rayscale.data.cache import open_cache
+from rayscale.data.index import Index, load_index
 from rayscale.data.manifest import KEY_CHARS, SPLITS, TRIES, Manifest, read_manifest
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, RayscaleError, nearest
 from rayscale.observe import log
@@ -39,21 +39,6 @@ def open_split(manifest_uri: str, split: str) -> Photos:
     if manifest is None:
         raise MissingError("data", uri, "holds no manifest.json", "pack photos there with `rayscale ingest`")
     return Photos(uri, split, manifest.digest)
-
-
-class _Index(NamedTuple):
-    """The rows of one split. About 64 bytes a sample."""
-
-    manifest: Manifest
-    shards: tuple[str, ...]
-    shard: NDArray[np.int32]  # into `shards`
-    offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    width: NDArray[np.int32]
-    height: NDArray[np.int32]
-    classes: tuple[str, ...]  # of the whole dataset
-    label: NDArray[np.int32]  # into `classes`
-    sha256: NDArray[np.uint8]  # [n, 32]
 
 
 class _Keys(Sequence[str]):
@@ -80,7 +65,7 @@ class Photos:
     digest: str  # of the manifest; a dataset that is another one by now is refused
 
     @property
-    def _index(self) -> _Index:
+    def _index(self) -> Index:
         with _loading:
             return _load(self.uri, self.split, self.digest)
 
@@ -133,11 +118,14 @@ class Photos:
         outside = wanted[(wanted < 0) | (wanted >= len(self))]
         if len(outside):
             raise IndexError(f"photo {outside[0]} of {len(self)}")
-        index, store = self._index, open_store(self.uri)
-        runs = list(plan_reads(np.unique(wanted), index.shard, index.offset, index.size))
-        work = functools.partial(_read_run, store, index)
-        parts = _readers(os.getpid()).map(work, runs) if store.remote and len(runs) > 1 else map(work, runs)
-        found = {row: photo for part in parts for row, photo in part}
+        reader = _Reader(open_store(self.uri), self._index)
+        rows = np.unique(wanted)
+        found = dict(reader.kept(rows))
+        left = [row for row in rows.tolist() if row not in found]
+        runs = list(plan_reads(np.array(left, np.int64), reader.index.shard, reader.index.offset, reader.index.size))
+        many = reader.store.remote and len(runs) > 1
+        for part in (_readers(os.getpid()).map if many else map)(reader.read, runs):
+            found.update(part)
         return [found[int(row)] for row in wanted]
 
 
@@ -158,39 +146,76 @@ def plan_reads(
         yield run
 
 
-def _read_run(store: Store, index: _Index, run: Sequence[int]) -> list[tuple[int, bytes | RayscaleError]]:
-    """One coalesced read, then each photo of it verified; a photo that does not match is read again by itself."""
-    first, last = run[0], run[-1]
-    shard, start = index.shards[index.shard[first]], int(index.offset[first])
-    data = store.read(shard, start=start, length=int(index.offset[last] + index.size[last]) - start)
-    found: list[tuple[int, bytes | RayscaleError]] = []
-    for row in run:
-        at, size = int(index.offset[row]), int(index.size[row])
-        photo = data[at - start : at - start + size]
-        for _ in range(TRIES - 1):
-            if _matches(photo, index, row):
-                break
-            log.warning("%s/%s: bytes at %d are not what the index says; reading again", store.uri, shard, at)
-            photo = store.read(shard, start=at, length=size)
-        found.append((row, photo if _matches(photo, index, row) else _damaged(store, index, row)))
-    return found
+class _Reader:
+    """Reads of one split's photos from where they are, or from what this node kept of them."""
 
+    def __init__(self, store: Store, index: Index) -> None:
+        self.store, self.index = store, index
+        self.cache = open_cache(index.manifest.digest) if store.remote else None
 
-def _damaged(store: Store, index: _Index, row: int) -> IntegrityError:
-    at, shard = int(index.offset[row]), index.shards[index.shard[row]]
-    rule = f"photo {_Keys(index.sha256)[row]} at byte {at} is not what its sha256 says, read {TRIES} times"
-    return IntegrityError("shard", join(store.uri, shard), rule, "restore the file, or pack the photos again")
+    def kept(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes | RayscaleError]]:
+        """Those of the rows that are in the cache, verified."""
+        for row in rows.tolist() if self.cache else ():
+            shard, at, size = self._place(row)
+            photo = self.cache.get(shard, at, size) if self.cache else None
+            if photo is None:
+                continue
+            if self._matches(row, photo):
+                yield row, photo
+            else:
+                log.warning("cache: bytes of %s at %d are not what the index says; fetching them anew", shard, at)
 
+    def read(self, run: Sequence[int]) -> list[tuple[int, bytes | RayscaleError]]:
+        """One coalesced read, then each photo of it verified; a photo that does not match is read again by itself."""
+        (shard, start, _), (_, last, size) = self._place(run[0]), self._place(run[-1])
+        data = self._fetch(shard, start, last + size - start)
+        found = []
+        for row in run:
+            _, at, size = self._place(row)
+            found.append((row, self._verified(row, data[at - start : at - start + size])))
+        return found
 
-def _matches(photo: bytes, index: _Index, row: int) -> bool:
-    return hashlib.sha256(photo).digest() == bytes(index.sha256[row])
+    def _verified(self, row: int, photo: bytes) -> bytes | RayscaleError:
+        shard, at, size = self._place(row)
+        for trial in range(TRIES):
+            if trial:
+                log.warning("%s/%s: bytes at %d are not what the index says; reading again", self.store.uri, shard, at)
+                photo = self._fetch(shard, at, size)
+            if self._matches(row, photo):
+                if self.cache:
+                    self.cache.put(shard, at, photo)
+                return photo
+        changed = ", and the file was overwritten meanwhile" if shard in self.index.overwritten else ""
+        rule = f"photo {_Keys(self.index.sha256)[row]} at byte {at} is not what its sha256 says, read {TRIES} times"
+        remedy = "restore the file, or pack the photos again"
+        return IntegrityError("shard", join(self.store.uri, shard), rule + changed, remedy)
+
+    def _fetch(self, shard: str, start: int, length: int) -> bytes:
+        """Bytes of a shard. One that was overwritten since it was first read is told; its photos may be whole."""
+        etags = self.index.etags
+        try:
+            data, etag = self.store.get(shard, start=start, length=length, etag=etags.get(shard, ""))
+        except ConflictError as error:
+            log.warning("%s; its photos are verified all the same", error)
+            self.index.overwritten.add(shard)
+            data, etag = self.store.get(shard, start=start, length=length)
+        etags[shard] = etag
+        return data
+
+    def _place(self, row: int) -> tuple[str, int, int]:
+        """(shard, offset, size) of a photo."""
+        index = self.index
+        return index.shards[index.shard[row]], int(index.offset[row]), int(index.size[row])
+
+    def _matches(self, row: int, photo: bytes) -> bool:
+        return hashlib.sha256(photo).digest() == bytes(self.index.sha256[row])
 
 
 _loading = threading.Lock()
 
 
 @functools.lru_cache(maxsize=6)
-def _load(uri: str, split: str, digest: str) -> _Index:
+def _load(uri: str, split: str, digest: str) -> Index:
     """The index of one split, verified."""
     store = open_store(uri)
     manifest = read_manifest(store)
@@ -199,42 +224,7 @@ def _load(uri: str, split: str, digest: str) -> _Index:
         raise ConflictError(
             "data", uri, f"is no longer the dataset {digest[:12]} (now: {now})", "start a new run on it"
         )
-    data = store.read(manifest.index_name)
-    if hashlib.sha256(data).hexdigest() != manifest.index_sha256:
-        rule = "is not what the manifest says"
-        raise IntegrityError(
-            "index", join(uri, manifest.index_name), rule, "restore the file, or pack the photos again"
-        )
-    return _read_index(manifest, data, split)
-
-
-def _read_index(manifest: Manifest, data: bytes, split: str) -> _Index:
-    labels = pq.read_table(pa.BufferReader(data), columns=["label"], use_threads=False)["label"]
-    classes = tuple(sorted(labels.unique().to_pylist()))
-    columns = ["shard", "offset", "size", "width", "height", "label", "sha256"]
-    table = pq.read_table(pa.BufferReader(data), columns=columns, filters=[("split", "=", split)], use_threads=False)
-    names = tuple(shard.name for shard in manifest.shards)
-
-    def numbers(column: str) -> Any:
-        return table[column].to_numpy()
-
-    def codes(column: str, known: Sequence[str]) -> NDArray[np.int32]:
-        found = pa.compute.index_in(table[column], value_set=pa.array(known, pa.string()))
-        return found.to_numpy().astype(np.int32)  # type: ignore[no-any-return]
-
-    digests = table["sha256"].combine_chunks()
-    return _Index(
-        manifest=manifest,
-        shards=names,
-        shard=codes("shard", names),
-        offset=numbers("offset"),
-        size=numbers("size"),
-        width=numbers("width"),
-        height=numbers("height"),
-        classes=classes,
-        label=codes("label", classes),
-        sha256=np.frombuffer(digests.buffers()[1], np.uint8)[digests.offset * 32 :].reshape(-1, 32)[: len(digests)],
-    )
+    return load_index(store, manifest, split)
 
 
 @functools.lru_cache(maxsize=1)
