@@ -3,7 +3,8 @@
 python tests/benchmarks/data.py        # about five minutes on two cores; the last line is one JSON object
 
 Every figure of Ray is a difference of two runs of unequal length, so that start-up is left out to the last process:
-CPU time of the driver and of all that it started. `bare` is one process that reads, decodes, cuts, degrades, stacks.
+CPU time of the driver and of all that it started. One data task at a time, as the bare loop is one process: two
+on two hyperthreads slow each other down. `bare` is one process that reads, decodes, cuts, degrades, stacks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def bare_ms(photos: Mixture, settings: DataSettings, samples: int) -> float:
         for slot in range(settings.micro_batch):
             image = int(window.images[(given + slot) % settings.window_images])
             photo = decode_rgb(photos.parts[0].read([image])[0])
-            batch.append(cut(photo, settings, sample_generator(0, 0, image, given))[0])
+            tensors, _ = cut(photo, settings, sample_generator(0, 0, image, given))
+            batch.append({key: tensor.copy() for key, tensor in tensors.items()})  # not a view that keeps the photo
         stacked = {key: np.stack([sample[key] for sample in batch]) for key in batch[0]}
         given += len(stacked["hr"])
     return (time.process_time() - began) * 1000 / given
@@ -105,7 +107,7 @@ def through_ray(photos: Mixture, settings: DataSettings, num_steps: int) -> tupl
     """(CPU seconds of all processes, samples) of one stream, from its start to its end."""
     plan = photos.plan(settings)
     began = tree_seconds()
-    config = PlanDataConfig(photos, plan, num_steps, lambda: 0, DataPlacement())
+    config = PlanDataConfig(photos, plan, num_steps, lambda: 0, DataPlacement(tasks=1))
     split = config.configure({"train": None}, 1, None, None)[0]["train"]
     tables = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     given = sum(

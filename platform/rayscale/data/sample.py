@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayscale.data.cut import cut
+from rayscale.data.cut import cut, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.plan import I64, Plan, sample_generator
 from rayscale.errors import ImageError, RayscaleError
@@ -47,8 +47,8 @@ def render_window(photos: Mixture, plan: Plan, w: int, v: int, first_row: int, l
     window = plan.window(w, v)
     rows = window.order[first_row:last_row]
     wanted = np.unique(rows // s.crops)  # slots of the window that these rows touch
-    crops_of = {int(slot): np.unique(rows[rows // s.crops == slot] % s.crops) for slot in wanted}
-    cuts: dict[int, dict[str, U8]] = {}
+    tensors = {name: np.empty((*rows.shape, *shape), np.uint8) for name, shape in sample_shapes(s).items()}
+    place = {int(entry): divmod(i, s.micro_batch) for i, entry in enumerate(rows.ravel())}
     damaged: dict[int, tuple[str, str]] = {}
     for slot, data in zip(wanted.tolist(), photos.read_each(window.images[wanted]), strict=True):
         image = int(window.images[slot])
@@ -56,15 +56,18 @@ def render_window(photos: Mixture, plan: Plan, w: int, v: int, first_row: int, l
         if isinstance(photo, RayscaleError):
             damaged[slot] = (photos.key(image), photo.rule)
             photo = _substitute(photos, plan, w, v, slot, photo)
-        for crop in crops_of[slot]:
-            rng = sample_generator(s.seed, int(window.epochs[slot]), image, int(crop))
-            cuts[slot * s.crops + int(crop)], _ = cut(photo, s, rng)
-    for r, row in enumerate(rows, first_row):
-        slots, crops = row // s.crops, row % s.crops
-        tensors = {name: np.stack([cuts[int(e)][name] for e in row]) for name in cuts[int(row[0])]}
+        for crop in range(s.crops):
+            if (at := place.get(slot * s.crops + crop)) is None:  # of a row that is not asked for
+                continue
+            rng = sample_generator(s.seed, int(window.epochs[slot]), image, crop)
+            for name, tensor in cut(photo, s, rng)[0].items():
+                tensors[name][at] = tensor  # a copy: a crop that is a view would keep its whole photo
+    for r, entries in enumerate(rows):
+        slots, crops = entries // s.crops, entries % s.crops
         ids = np.stack([window.epochs[slots], window.images[slots], crops], axis=1).astype(np.int64)
         bad = tuple(damaged[slot] for slot in slots.tolist() if slot in damaged)
-        batch = MicroBatch(w * plan.rows + r, v, tensors, ids, b"", damaged=bad)
+        of_row = {name: tensor[r] for name, tensor in tensors.items()}
+        batch = MicroBatch(w * plan.rows + first_row + r, v, of_row, ids, b"", damaged=bad)
         yield replace(batch, sha256=batch.checksum())
 
 
