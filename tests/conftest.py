@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import runpy
 import shutil
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,15 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     storage_s3._client().create_bucket(Bucket="photos")
     yield "s3://photos/set"
     urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
+
+
+@pytest.fixture
+def faults(s3: str, moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A FaultProxy that S3 is reached through."""
+    proxy = runpy.run_path(str(Path(__file__).with_name("fault_proxy.py")))["FaultProxy"](moto)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

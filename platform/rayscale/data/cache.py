@@ -180,5 +180,5 @@ def _alone(file: FileIO) -> bool:
 
 
 def _disk_bytes(folder: Path) -> int:
-    """What the files below a folder really take."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    """What the copies of shards below a folder really take."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*.tar"))

@@ -69,14 +69,15 @@ class Manifest:
 def read_manifest(store: Store) -> Manifest | None:
     """The manifest of a dataset, None where there is no (whole) one.
 
-    Nothing vouches for its bytes, as it does for all others. So from afar it is read until two answers agree.
+    Nothing vouches for its bytes, as it does for all others. So from afar it is read until an answer comes again.
     """
     try:
-        data = store.read("manifest.json")
-        for _ in range(TRIES if store.remote else 0):
-            before, data = data, store.read("manifest.json")
-            if data == before:
+        seen = set[bytes]()
+        for _ in range(2 * TRIES):
+            data = store.read("manifest.json")
+            if data in seen or not store.remote:
                 break
+            seen.add(data)
         return contract.loads(Manifest, data, join(store.uri, "manifest.json"))
     except MissingError as error:
         if error.field == "bucket":
