@@ -12,9 +12,9 @@ import torch
 
 from rayscale import artifact
 from rayscale.contract import ModelCard
-from rayscale.data.plan import DataSettings, Plan
-from rayscale.data.sample import MicroBatch, render_window
 from rayscale.data.mixture import open_mixture
+from rayscale.data.plan import DataSettings
+from rayscale.data.sample import MicroBatch, render_window
 from rayscale.evaluate import session_run, torch_run
 from rayscale.export import to_onnx
 from rayscale.recipes import Recipe, discover

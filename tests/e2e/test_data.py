@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -111,6 +112,22 @@ def test_one_sequence(
     """3 workers do not divide the 4 micro-batches of a step; spare ones of weight 0 fill up."""
     found = consume(photos, plan, start, workers, tasks)
     assert chain(found, start) == chain(planned, start)
+
+
+@pytest.mark.parametrize("tasks", [1, None])
+def test_tasks_bounds_how_many_render_at_once(photos: Mixture, plan: Plan, tmp_path: Path, tasks: int | None) -> None:
+    class Counting(Mixture):  # local, so that it travels to the workers by value
+        def read_each(self, images: Any) -> Any:
+            mine = tmp_path / f"running-{os.getpid()}"
+            mine.touch()
+            time.sleep(0.05)
+            (tmp_path / f"seen-{len(list(tmp_path.glob('running-*')))}").touch()
+            mine.unlink()
+            return Mixture.read_each(self, images)
+
+    consume(Counting(photos.parts), plan, 0, 2, tasks)
+    seen = {path.name for path in tmp_path.glob("seen-*")}
+    assert (seen == {"seen-1"}) == (tasks == 1)
 
 
 def test_a_broken_order_never_trains(photos: Mixture, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

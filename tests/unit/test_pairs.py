@@ -27,7 +27,7 @@ def render(dataset: str) -> Render:
 
 def test_micro_batches_come_back_as_they_went_in(render: Render) -> None:
     given = list(render_window(render.photos, render.plan, 0, 1, 0, 4))
-    table = pack(iter(given))
+    table = pack(given, ("lr", "hr"))
     for row, batch in enumerate(given):
         back = unpack(table, row)
         assert (back.step, back.shard, back.sha256, back.weight) == (batch.step, 1, batch.sha256, 1.0)
@@ -95,7 +95,7 @@ def kib():
 
 def one(i):
     tensors = {"lr": np.full((8, 128, 128, 3), i % 256, np.uint8), "hr": np.full((8, 256, 256, 3), i % 256, np.uint8)}
-    return pack(iter([MicroBatch(i, 0, tensors, np.zeros((8, 3), np.int64), b"")]))
+    return pack([MicroBatch(i, 0, tensors, np.zeros((8, 3), np.int64), b"")], ("lr", "hr"))
 
 for i in range(20):
     one(i)

@@ -16,6 +16,7 @@ from rayscale.artifact import Device, digest_of
 from rayscale.cli.disk import check_disks
 from rayscale.cli.scoring import device_of, means, score_artifact, score_baseline
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
+from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, nearest
 from rayscale.evaluate import Suite, compare
 from rayscale.observe import log
@@ -66,7 +67,7 @@ def publish(
     ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
     digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
     checkpoint = select(run, ship, recipe.run.best_metric, **digests)
-    suite = Suite(open_store(photos or record.datasets[0]).uri, "test", recipe.data.degradation)
+    suite = Suite(open_store(photos or _held_out(record)).uri, "test", recipe.data.degradation)
     run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
     check_disks(tracking_uri, model_bytes=2 * sum(entry.size for entry in open_store(checkpoint.uri).list()))
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,6 +75,11 @@ def publish(
         results = [_register(registry, one, run_id, suite, recipe, checkpoint) for one in prepared]
     main = next(result for result in results if result["model"] == name)
     return {**main, "checkpoint": checkpoint.uri, "also": [r for r in results if r is not main]}
+
+
+def _held_out(record: RunRecord) -> str:
+    """The first of the run's datasets that has a test split."""
+    return next((uri for uri in record.datasets if len(open_split(uri, "test"))), record.datasets[0])
 
 
 def _recipe(record: RunRecord) -> Recipe:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rayscale.contract import digest
 from rayscale.data.plan import I64, DataSettings, Plan
 from rayscale.data.shards import Photos, open_split
-from rayscale.errors import MissingError, RayscaleError
+from rayscale.errors import ConfigError, MissingError, RayscaleError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Mixture:
 def open_mixture(uris: Sequence[str], split: str) -> Mixture:
     """One split of each dataset. Raises: MissingError where one is missing or has an empty split, ConfigError."""
     parts = tuple(open_split(uri, split) for uri in uris)
-    for part in parts:
+    for number, part in enumerate(parts):
+        if part.digest in {other.digest for other in parts[:number]}:
+            raise ConfigError("data", part.uri, "is given twice", "raise its share in data.weights instead")
         if not len(part):
             raise MissingError("data", part.uri, f"its split {split} is empty", "pack more photos, or lower fractions")
     return Mixture(parts)

@@ -1,15 +1,17 @@
 """The Ray Data graph of the training input, and its other end in the training worker.
 
-A block is one window of one virtual shard (DESIGN: about 1 s of CPU work, 8-64 MiB); a row is one micro-batch.
+A block is one window of one virtual shard, a row of it one micro-batch. A block costs Ray some 12 ms of CPU, whatever
+is in it, so it should hold about a second of work, in at most 64 MiB.
 Blocks come in order, window by window, and within a window shard by shard; they are dealt to the workers in
 turn, so worker r holds the shards r, r + n, ... of V. Spare blocks (where n does not divide V) have weight 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +47,7 @@ def check_block(plan: Plan) -> None:
             "data.window_images",
             s.window_images,
             f"x data.crops={s.crops} makes blocks of {size >> 20} MiB, beyond {BLOCK_BYTES_MAX >> 20}",
-            "lower one of them",
+            "lower one of them, data.micro_batch or data.hr_crop_px",
         )
 
 
@@ -87,9 +89,11 @@ class Render:
         w, v = self.start_step // rows + number // shards, number % shards
         first, last = max(self.start_step - w * rows, 0), min(self.end_step - w * rows, rows)
         if v < self.plan.settings.virtual_shards:
-            return pack(render_window(self.photos, self.plan, w, v, first, last))
-        none = np.zeros((0, 3), np.int64)
-        return pack(MicroBatch(w * rows + r, v, {}, none, b"", 0.0) for r in range(first, last))
+            batches = render_window(self.photos, self.plan, w, v, first, last)
+        else:
+            none = np.zeros((0, 3), np.int64)
+            batches = (MicroBatch(w * rows + r, v, {}, none, b"", 0.0) for r in range(first, last))
+        return pack(batches, tuple(sample_shapes(self.plan.settings)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,9 @@ def training_data(render: Render, placement: DataPlacement | None = None) -> ray
     )
     context = dataset.context
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=placement.memory_budget)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        cpu=placement.tasks, object_store_memory=placement.memory_budget
+    )
     context.target_min_block_size = 1  # never merge blocks
     context.target_max_block_size = 2 * BLOCK_BYTES_MAX  # never cut one
     context.enable_progress_bars = False  # the training run shows its own
@@ -156,7 +162,9 @@ def steps(
     shards = list(range(rank, padded_shards(plan.settings.virtual_shards, world_size), world_size))
     step = start_step
     while step < end_step:
-        tables = [next(batches) for _ in shards]
+        tables = list(itertools.islice(batches, len(shards)))
+        if len(tables) < len(shards):
+            raise IntegrityError("position", f"step {step}", f"of {end_step}: the stream ended", "report this")
         for row in range(tables[0].num_rows):
             given = [unpack(table, row) for table in tables]
             for batch, shard in zip(given, shards, strict=True):
@@ -171,10 +179,10 @@ def steps(
             step += 1
 
 
-def pack(batches: Iterator[MicroBatch]) -> pa.Table:
-    """Micro-batches as rows of bytes: read back without a copy, one schema for every shape."""
+def pack(batches: Iterable[MicroBatch], names: Sequence[str]) -> pa.Table:
+    """Micro-batches with tensors of those names as rows of bytes: read back without a copy, one schema for every
+    shape, also for spare ones without tensors."""
     given = list(batches)
-    names = ("lr", "hr") if not given else tuple(given[0].tensors) or ("lr", "hr")
     layout = [{k: list(v.shape) for k, v in b.tensors.items()} for b in given]
     columns: dict[str, Any] = {
         "step": pa.array([b.step for b in given], pa.int64()),

@@ -148,7 +148,8 @@ class Plan:
     def substitute(self, w: int, v: int, attempt: int) -> I64:
         """Other images for the slots of a window [G], each for one that cannot be read; a new choice each attempt.
 
-        Half an epoch further on in the same dataset: no image of this window, and no two slots get the same one.
+        Half an epoch further on in the same dataset: within an attempt no two slots of an epoch get the same one, and
+        in a dataset of more than two windows it is no image of this window.
         """
         sources, local = self._dealt(w * self.settings.virtual_shards + v)
         sizes = np.array(self.sizes)[sources]

@@ -55,7 +55,7 @@ def render_window(photos: Mixture, plan: Plan, w: int, v: int, first_row: int, l
         photo = _decoded(data)
         if isinstance(photo, RayscaleError):
             damaged[slot] = (photos.key(image), photo.rule)
-            photo = _substitute(photos, plan, w, v, slot, photo)
+            photo = _stand_in(photos, plan, w, v, slot, photo)
         for crop in range(s.crops):
             if (at := place.get(slot * s.crops + crop)) is None:  # of a row that is not asked for
                 continue
@@ -80,12 +80,12 @@ def _decoded(data: bytes | RayscaleError) -> U8 | RayscaleError:
         return error
 
 
-def _substitute(photos: Mixture, plan: Plan, w: int, v: int, slot: int, error: RayscaleError) -> U8:
-    """A sound photo for a slot. Raises: `error`, where several others are damaged as well."""
+def _stand_in(photos: Mixture, plan: Plan, w: int, v: int, slot: int, error: RayscaleError) -> U8:
+    """A sound photo for a slot, of outside the window if it can be. Raises: `error`, where others are damaged too."""
     there = plan.window(w, v).images
-    for attempt in range(SUBSTITUTES):
-        image = plan.substitute(w, v, attempt)[slot]
-        if image not in there:
+    choices = [int(plan.substitute(w, v, attempt)[slot]) for attempt in range(SUBSTITUTES)]
+    for image in sorted(choices, key=lambda image: image in there):
+        if image != there[slot]:
             photo = _decoded(photos.read_each(np.array([image]))[0])
             if not isinstance(photo, RayscaleError):
                 return photo

@@ -39,7 +39,7 @@ class RunHooks:
         self.job, self.rank, self.first_step_unix = job, rank, 0.0
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
-        self.note = ""
+        self.note, self.advised = "", False
         self.damaged: dict[str, str] = {}  # key -> reason, of this rank's photos since the last log
         self.ledger: Ledger | None = None
         self.warned: set[str] = set()  # nodes that a checkpoint was made for before they go
@@ -89,8 +89,10 @@ class RunHooks:
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         self._check_damage()
-        if self.rank == 0 and (advice := pairs.advice(self.job.plan, metrics["progress/images_per_s"])):
+        advice = pairs.advice(self.job.plan, metrics["progress/images_per_s"])
+        if self.rank == 0 and advice and not self.advised:
             log.warning("%s", advice)
+            self.advised = True
         if self.tracker is not None:
             self.tracker.metrics({**metrics, "progress/images_seen": float(images_seen)}, images_seen)
             self.note = " ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/"))

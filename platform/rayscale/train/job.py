@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from rayscale.data.cut import check_sizes, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.pairs import DataPlacement, check_block
 from rayscale.data.plan import DataSettings, Plan
-from rayscale.errors import ConfigError
+from rayscale.errors import ConfigError, ResourceError
 from rayscale.imaging import U8
 from rayscale.storage import check_free
 from rayscale.task import Task
@@ -97,3 +97,53 @@ def check_disk(job: Job) -> None:
     nets = job.task.build(torch.device("cpu"))
     size = sum(t.numel() * t.element_size() for net in nets.values() for t in net.state_dict().values())
     check_free(job.record.uri, 3 * size * (job.run.keep_checkpoints + 2) + (16 << 20), "the run")
+
+
+class Node(NamedTuple):
+    """What one node of the cluster offers."""
+
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str]
+
+
+def check_fits(nodes: Sequence[Node], p: Placement) -> None:
+    """Raises: ResourceError where the workers do not fit, or would leave Ray Data no CPU: Ray would wait for ever."""
+    wanted = p.min_workers or p.num_workers
+    largest = max((node.cpus for node in nodes), default=0.0)
+    if p.cpus_per_worker > largest:
+        rule = f"no node has so many: the largest has {largest:g}"
+        raise ResourceError("--cpus-per-worker", p.cpus_per_worker, rule, "lower it, or add a larger node")
+    if wanted * p.gpus_per_worker > (gpus := sum(node.gpus for node in nodes)):
+        rule = f"{wanted * p.gpus_per_worker:g} GPUs are asked for, the cluster has {gpus:g}"
+        raise ResourceError("--gpus-per-worker", p.gpus_per_worker, rule, "take fewer workers, or 0 to train on CPUs")
+    data = [node for node in nodes if p.data.node_labels.items() <= node.labels.items()]
+    if not data:
+        labels = ",".join(f"{name}={value}" for name, value in p.data.node_labels.items())
+        raise ResourceError("--data-nodes", labels, "no node has these labels", "start one with `ray start --labels`")
+    everywhere = sum(_capacity(node, p) for node in nodes)
+    if not any(everywhere - _capacity(n, p) + _capacity(n, p, kept=1.0) >= wanted for n in data if n.cpus >= 1):
+        cpus = sum(node.cpus for node in nodes)
+        needs = f"x {p.cpus_per_worker:g} CPUs = {wanted * p.cpus_per_worker:g}, and Ray Data needs 1 more"
+        rule = f"{needs}: the cluster has {cpus:g} on {len(nodes)} node(s)"
+        raise ResourceError("--workers", wanted, rule, "take fewer workers, other --cpus-per-worker, or add nodes")
+    if p.min_workers:
+        _check_elastic(data, p)
+
+
+def _check_elastic(data: Sequence[Node], p: Placement) -> None:
+    """Workers that grow take all they can get: what is left then must do for the data, whichever nodes are lost."""
+    left = [node.cpus - min(_capacity(node, p), p.num_workers) * p.cpus_per_worker for node in data]
+    enough = max(left) if p.data.node_labels else min(left)  # nodes of its own, or any that happen to be there
+    if enough < 1:
+        rule = f"workers that fill a node leave {enough:g} of its CPUs to Ray Data, which needs 1"
+        remedy = "choose it so that each node keeps 1, give --data-nodes, or leave --min-workers out"
+        raise ResourceError("--cpus-per-worker", p.cpus_per_worker, rule, remedy)
+
+
+def _capacity(node: Node, p: Placement, kept: float = 0.0) -> int:
+    """Workers that fit on a node of which `kept` CPUs are somebody else's."""
+    fits = [
+        (free // each) for free, each in ((node.cpus - kept, p.cpus_per_worker), (node.gpus, p.gpus_per_worker)) if each
+    ]
+    return max(0, int(min(fits, default=p.num_workers)))

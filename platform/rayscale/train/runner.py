@@ -23,63 +23,23 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from rayscale.data.pairs import PlanDataConfig, steps
-from rayscale.errors import DamageError, DivergedError, RayscaleError, ResourceError
+from rayscale.errors import DamageError, DivergedError, RayscaleError
 from rayscale.observe import log, setup_logging
 from rayscale.storage import open_store, ray_filesystem
 from rayscale.train import checkpoint
 from rayscale.train.hooks import RunHooks
-from rayscale.train.job import Job, Placement
+from rayscale.train.job import Job, Node, Placement, check_fits
 from rayscale.train.loop import build_state, fit
 from rayscale.train.record import Start, start_step, write_position
 
 
 def check_resources(placement: Placement) -> None:
-    """Raises: ResourceError where the Train group would leave Ray Data no CPU, or does not fit at all."""
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if placement.cpus_per_worker > largest:
-        raise ResourceError(
-            "--cpus-per-worker",
-            placement.cpus_per_worker,
-            f"no node has so many: the largest has {largest:g}",
-            "lower it, or add a larger node",
-        )
-    if placement.min_workers:
-        _check_elastic(placement)
-    wanted = placement.num_workers * placement.cpus_per_worker
-    if wanted + 1 > cpus:
-        raise ResourceError(
-            "--workers",
-            placement.num_workers,
-            f"x {placement.cpus_per_worker:g} CPUs = {wanted:g}, and Ray Data needs 1 more: the cluster has {cpus:g}",
-            "take fewer workers, lower --cpus-per-worker, or add nodes",
-        )
-    if (wanted_gpus := placement.num_workers * placement.gpus_per_worker) > gpus:
-        raise ResourceError(
-            "--gpus-per-worker",
-            placement.gpus_per_worker,
-            f"{wanted_gpus:g} GPUs are asked for, the cluster has {gpus:g}",
-            "take fewer workers, or 0 to train on CPUs",
-        )
-
-
-def _check_elastic(placement: Placement) -> None:
-    """Every node keeps a CPU for Ray Data: whichever are lost, the workers never take all that is left."""
-    for node in ray.nodes():
-        free, gpus = node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)
-        fit = free // placement.cpus_per_worker if placement.cpus_per_worker else placement.num_workers
-        if placement.gpus_per_worker:
-            fit = min(fit, gpus // placement.gpus_per_worker)
-        left = free - min(fit, placement.num_workers) * placement.cpus_per_worker
-        if node["Alive"] and fit and left < 1:
-            name = node["NodeManagerHostname"]
-            raise ResourceError(
-                "--min-workers",
-                placement.min_workers,
-                f"{fit:g} workers on node {name} leave {left:g} of its {free:g} CPUs to Ray Data",
-                "choose --cpus-per-worker so that each node keeps 1 CPU, or a fixed --workers",
-            )
+    """As `check_fits`, for the cluster that there is."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    check_fits(
+        [Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {})) for n in alive],
+        placement,
+    )
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -202,6 +162,8 @@ def _worker(config: dict[str, Any]) -> RayscaleError | None:
             assert found is not None
             checkpoint.restore(folder, state.nets, state.optimizers)
             state.step, state.chain = chosen[1], found.chain
+    if state.step >= job.total_steps:  # all but the word of it was done
+        return None
     shard = ray.train.get_dataset_shard("train")
     batches = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     given = steps(batches, job.plan, start_step=state.step, end_step=job.total_steps, rank=rank, world_size=world_size)
