@@ -101,11 +101,19 @@ def moto() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A prefix in a bucket, and an environment in which boto3 finds it; afterwards the server is empty again."""
+def s3_server(moto: str) -> Iterator[tuple[str, str, str]]:
+    """URL, key and secret of an S3 server; afterwards it is empty again."""
+    yield moto, "key", "secret"
+    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
+
+
+@pytest.fixture
+def s3(s3_server: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix in a bucket, and an environment in which boto3 finds it."""
     from rayscale import storage_s3
 
-    for name, value in {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+    url, key, secret = s3_server
+    for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
                         "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none",
                         "AWS_CONFIG_FILE": "/none"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
@@ -113,14 +121,13 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(storage_s3, "BACKOFF_S", 0.01)
     storage_s3._client().create_bucket(Bucket="photos")
-    yield "s3://photos/set"
-    urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
+    return "s3://photos/set"
 
 
 @pytest.fixture
-def faults(s3: str, moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def faults(s3: str, s3_server: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A FaultProxy that S3 is reached through."""
-    proxy = runpy.run_path(str(Path(__file__).with_name("fault_proxy.py")))["FaultProxy"](moto)
+    proxy = runpy.run_path(str(Path(__file__).with_name("fault_proxy.py")))["FaultProxy"](s3_server[0])
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy
     proxy.close()

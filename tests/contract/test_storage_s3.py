@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import runpy
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -26,9 +29,41 @@ from rayscale.errors import ConfigError, ConflictError, MissingError, Unavailabl
 from rayscale.storage import download_dir, join, open_store, ray_filesystem, upload_dir
 
 
-@pytest.fixture(params=["local", "s3"])
-def uri(request, tmp_path):
-    return str(tmp_path / "set") if request.param == "local" else request.getfixturevalue("s3")
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory):
+    """(Swift, keys not used yet): an account for each test."""
+    module = runpy.run_path(str(Path(__file__).parents[1] / "swift_server.py"))
+    if lacking := module["missing"]():
+        pytest.skip(f"OpenStack Swift is not installed (no {lacking}): pip install swift, apt-get install memcached")
+    server = module["Swift"](tmp_path_factory.mktemp("swift"), 100)
+    yield server, [f"a{i}:user" for i in range(100)]
+    server.close()
+
+
+def pytest_generate_tests(metafunc):
+    """Each test runs against moto and, as a long one, against Swift; against one of them where it asks for it."""
+    if "where" in metafunc.fixturenames:
+        local = ["local"] if "uri" in metafunc.fixturenames else []
+        moto = [] if "swift" in metafunc.fixturenames else ["moto"]
+        asks_for_moto = {"moto", "moto_auth"} & set(metafunc.fixturenames)
+        swift = [] if asks_for_moto else [pytest.param("swift", marks=pytest.mark.long)]
+        metafunc.parametrize("where", local + moto + swift)
+
+
+@pytest.fixture
+def s3_server(where, request):
+    if where == "swift":
+        server, keys = request.getfixturevalue("swift")
+        yield server.url, keys.pop(), "testing"
+    else:
+        moto = request.getfixturevalue("moto")
+        yield moto, "key", "secret"
+        urllib.request.urlopen(urllib.request.Request(f"{moto}/moto-api/reset", method="POST"))
+
+
+@pytest.fixture
+def uri(where, request, tmp_path):
+    return str(tmp_path / "set") if where == "local" else request.getfixturevalue("s3")
 
 
 # ------------------------------------------------------------------------------------- what every store promises
@@ -195,6 +230,18 @@ def test_no_credentials_and_wrong_ones_name_the_setting(s3, moto_auth, monkeypat
         store.read("x")
 
 
+def test_a_wrong_secret_is_refused_whoever_signs(s3, swift, monkeypatch):
+    store = open_store(s3)
+    store.write("x", b"1234")
+    assert store.read("x", start=1, length=2) == store.read("x", start=1, length=2) == b"23"
+    learnt = storage_s3._gets()._addresses
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for addresses in ({}, learnt):  # boto3 asks; its request is repeated
+        storage_s3._gets()._addresses = addresses
+        with pytest.raises(ConfigError, match=r"AWS_ACCESS_KEY_ID=a\d+:user: access .* was refused"):
+            store.read("x", start=1, length=2)
+
+
 def test_an_endpoint_that_is_no_url_or_not_there(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
     with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL=localhost:9000"):
@@ -266,7 +313,8 @@ def test_reads_come_back_whole_through_faults(faults, s3, fault, tmp_path):
     assert faults.seen.count(f"GET {fault}") == 8
 
 
-def test_a_flipped_bit_of_a_whole_object_is_found_by_its_checksum(faults, s3, tmp_path):
+def test_a_flipped_bit_of_a_whole_object_is_found_by_its_checksum(faults, s3, moto, tmp_path):
+    """Where the server keeps one, as AWS and moto do; Swift does not."""
     store = open_store(s3)
     store.write("x", DATA)
     faults.script += ["flip"] * 2
