@@ -11,17 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from rayscale.data import pairs
+from rayscale.data import pairs, presets
 from rayscale.data.mixture import Mixture, open_mixture
+from rayscale.data.pack import pack
 from rayscale.data.pairs import DataPlacement, PlanDataConfig, steps
 from rayscale.data.plan import DataSettings, Plan
 from rayscale.data.sample import MicroBatch, render_window
+from rayscale.data.scan import PackSettings
 from rayscale.errors import IntegrityError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -112,6 +115,20 @@ def test_one_sequence(
     """3 workers do not divide the 4 micro-batches of a step; spare ones of weight 0 fill up."""
     found = consume(photos, plan, start, workers, tasks)
     assert chain(found, start) == chain(planned, start)
+
+
+@pytest.mark.parametrize("degradation", [presets.inpaint(), presets.burst(2, 3)], ids=["mask", "burst"])
+def test_a_mixture_and_other_tensors_travel_as_well(
+    dataset: str, photo_folder: Path, tmp_path: Path, degradation: presets.Degradation
+) -> None:
+    """On 3 workers, so that blocks with and without tensors follow each other."""
+    pack(str(photo_folder / "train"), str(tmp_path / "out"), PackSettings(validation_fraction=0, test_fraction=0.3))
+    both = open_mixture((dataset, str(tmp_path / "out")), "train")
+    plan = both.plan(replace(SETTINGS, degradation=degradation, weights=(2, 1), window_images=4, crops=2))
+    windows = itertools.product(range(-(-END // plan.rows)), range(SETTINGS.virtual_shards))
+    planned = sums(b for w, v in windows for b in render_window(both, plan, w, v, 0, plan.rows))
+    found = consume(both, plan, 7, 3, None)
+    assert chain(found, 7) == chain(planned, 7)
 
 
 @pytest.mark.parametrize("tasks", [1, None])

@@ -157,7 +157,8 @@ def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage
 
 
 def test_a_group_that_leaves_ray_data_no_cpu_is_refused_with_the_sum(dataset: str, storage: Path) -> None:
-    with pytest.raises(ResourceError, match=r"--workers=4: x 1 CPUs = 4, and Ray Data needs 1 more: the cluster has 4"):
+    said = r"--workers=4: x 1 CPUs = 4, and Ray Data needs 1 more: the cluster has 4 on 1 node"
+    with pytest.raises(ResourceError, match=said):
         train(recipe=RECIPE, data=[dataset], storage=str(storage), name="greedy", workers=4, cpus_per_worker=1.0)
     assert not (storage / "greedy").exists()
 
