@@ -108,6 +108,63 @@ def test_geometry_is_where_the_record_says(chosen: Augmentation) -> None:
         assert unmoved > 3 * error
 
 
+def mirrored(photo: U8, x: slice, y: slice) -> U8:
+    """Columns x and rows y of the plane that the photo and its mirror images fill."""
+
+    def within(chosen: slice, side: int) -> Any:
+        at = np.arange(chosen.start, chosen.stop) % (2 * side)
+        return np.minimum(at, 2 * side - 1 - at)
+
+    return photo[within(y, photo.shape[0])][:, within(x, photo.shape[1])]
+
+
+def placed(degrees: float, factor: float, away: tuple[float, float]) -> augment.Affine:
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / factor
+    return np.column_stack([turn, away])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sides=st.tuples(st.integers(24, 90), st.integers(24, 90)),
+    degrees=st.floats(-45, 45),
+    away=st.tuples(st.floats(-400, 400), st.floats(-400, 400)),
+    factor=st.floats(0.25, 4),
+)
+def test_a_window_anywhere_shows_the_mirrored_plane(
+    sides: tuple[int, int], degrees: float, away: tuple[float, float], factor: float
+) -> None:
+    photo, reach = smooth_photo(*sides), 200
+    low = [math.floor(a) - reach for a in away]
+    plane = mirrored(photo, *(slice(start, start + 2 * reach) for start in low))
+    expected = augment.window(plane, placed(degrees, factor, (away[0] - low[0], away[1] - low[1])), 0, 0, 24, 20)
+
+    def apart(dx: float) -> float:
+        found = augment.window(photo, placed(degrees, factor, (away[0] + dx, away[1])), 0, 0, 24, 20)
+        return float(np.abs(found.astype(np.float64) - expected).mean())
+
+    assert apart(0) < (0.2 if factor >= 1 else 2)  # 1/32 px of OpenCV's rounding; where shrunk, the phase of the grid
+    assert apart(max(1, 1 / factor)) > 2.5  # negative control: one pixel aside
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    side=st.sampled_from([2, 16, 48]),
+    more=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    px=st.floats(0, 256),
+    factor=st.sampled_from([(0.125, 0.125), (0.125, 8.0), (1.0, 1.0), (8.0, 8.0)]),
+    seed=st.integers(0, 99),
+)
+def test_every_crop_of_every_photo_is_given(
+    side: int, more: tuple[int, int], px: float, factor: tuple[float, float], seed: int
+) -> None:
+    moves: tuple[Augmentation, ...] = (Translate(px=px), Rotate(degrees=45), Zoom(factor=factor), Translate(px=px))
+    photo = noise(side + more[0], side + more[1])
+    tensors, _ = cut(photo, replace(SETTINGS, hr_crop_px=side, augment=moves), rng(seed))
+    assert tensors["hr"].shape == (side, side, 3)
+    assert len(np.unique(tensors["hr"])) > 1
+
+
 def test_zooming_out_is_antialiased() -> None:
     data = replace(SETTINGS, augment=(Zoom(factor=(0.25, 0.25)),))
     tensors, _ = cut(noise(400, 400), data, rng(0))

@@ -191,13 +191,17 @@ _MOVES: dict[type, Callable[[Any, Draws], Affine]] = {Rotate: _rotate, Translate
 
 
 def window(photo: U8, affine: Affine, left: int, top: int, width: int, height: int) -> U8:
-    """u8[height, width, 3] of the photo as `affine` places it; outside, the photo goes on mirrored."""
-    corners = np.array([[x, y, 1] for x in (left, left + width - 1) for y in (top, top + height - 1)]) @ affine.T
-    low = np.maximum(np.floor(corners.min(0)).astype(int) - _AROUND, 0)
-    high = np.minimum(np.ceil(corners.max(0)).astype(int) + _AROUND + 1, (photo.shape[1], photo.shape[0]))
-    low = np.minimum(low, high - 1)
-    source, shrunk = photo[low[1] : high[1], low[0] : high[0]], np.ones(2)
+    """u8[height, width, 3] of the photo as `affine` places it, antialiased where that shrinks it.
+
+    Outside, the photo goes on mirrored about its edges, again and again.
+    """
+    affine = _folded(affine, photo, (left + (width - 1) / 2, top + (height - 1) / 2))
     step = math.sqrt(abs(np.linalg.det(affine[:, :2])))  # photo pixels a window pixel
+    around = math.ceil(_AROUND * max(step, 1))
+    corners = np.array([[x, y, 1] for x in (left, left + width - 1) for y in (top, top + height - 1)]) @ affine.T
+    low = np.maximum(np.floor(corners.min(0)).astype(int) - around, 0)
+    high = np.minimum(np.ceil(corners.max(0)).astype(int) + around + 1, (photo.shape[1], photo.shape[0]))
+    source, shrunk = photo[low[1] : high[1], low[0] : high[0]], np.ones(2)
     if step > 1:  # antialias
         sides = [max(1, round(side / step)) for side in source.shape[1::-1]]
         shrunk = np.array(sides) / source.shape[1::-1]
@@ -208,12 +212,25 @@ def window(photo: U8, affine: Affine, left: int, top: int, width: int, height: i
     to_source[:, 2] += shrunk / 2 - 0.5  # centres of pixels stay centres
     how = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     moved: U8 = cv2.warpAffine(
-        np.ascontiguousarray(source), to_source, (width, height), flags=how, borderMode=cv2.BORDER_REFLECT_101
+        np.ascontiguousarray(source), to_source, (width, height), flags=how, borderMode=cv2.BORDER_REFLECT
     )
     return moved
 
 
-_AROUND = 8  # pixels for the interpolation and the antialiasing
+def _folded(affine: Affine, photo: U8, centre: tuple[float, float]) -> Affine:
+    """One that shows the same of the mirrored plane, with the window's centre over the photo itself.
+
+    So what lies over an edge mirrors pixels that the window holds as well, and the source can be cut out.
+    """
+    sides = np.array(photo.shape[1::-1])
+    tile = np.floor((affine @ (*centre, 1) + 0.5) / sides)
+    odd = tile % 2  # a mirrored one
+    folded: Affine = (1 - 2 * odd)[:, None] * affine
+    folded[:, 2] += np.where(odd, (tile + 1) * sides - 1, -tile * sides)
+    return folded
+
+
+_AROUND = 8  # pixels of the window, or of the photo where it is enlarged, for the interpolation and the antialiasing
 
 
 def colour(augment: Sequence[Augmentation], picture: U8, chain: Chain) -> U8:
