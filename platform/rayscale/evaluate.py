@@ -18,7 +18,7 @@ import numpy as np
 from rayscale import contract, metrics
 from rayscale.contract import Scores, Spec
 from rayscale.data import degrade
-from rayscale.data.degrade import Operator
+from rayscale.data.operators import Burst, Mask, Operator, walk
 from rayscale.data.shards import Photos, open_split
 from rayscale.errors import ConfigError, DivergedError, MissingError
 from rayscale.imaging import F32, U8, decode_rgb, panel, run_tiled, to_hwc_u8, to_nchw_f32
@@ -62,6 +62,10 @@ class Suite:
     max_side_px: int = 0  # high resolution
 
     def __post_init__(self) -> None:
+        for operator in walk(self.degradation):
+            if isinstance(operator, Mask | Burst):
+                rule = "a suite is of pictures alone: it has no masks and no bursts"
+                raise ConfigError("suite.degradation", operator.name, rule, "score with a degradation without it")
         if self.max_images < 0:
             raise ConfigError("suite.max_images", self.max_images, "must not be negative", "0 takes all")
         if self.max_side_px < 0 or 0 < self.max_side_px < self.scale:

@@ -19,7 +19,9 @@ from torch import nn
 from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
 from rayscale.contract import ModelCard, Scores, Spec
+from rayscale.data import presets
 from rayscale.data.degrade import Bicubic
+from rayscale.data.operators import Burst, Sometimes
 from rayscale.data.pack import pack
 from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
@@ -205,6 +207,20 @@ def test_an_empty_split_and_wrong_limits_are_refused(tmp_path: Path) -> None:
     for wrong in ({"max_images": -1}, {"max_side_px": -1}, {"max_side_px": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(empty, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("degradation", "name"),
+    [
+        (presets.inpaint(), "mask"),
+        (presets.burst(2, 3), "burst"),
+        ((Sometimes(operators=(Burst(frames=2, shift_px=1),), probability=0.5),), "burst"),
+    ],
+)
+def test_a_suite_of_masks_or_bursts_is_refused(degradation: presets.Degradation, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^suite\.degradation='?{name}'?: a suite is of pictures alone.*$"):
+        Suite("nowhere", "test", degradation)
+    Suite("nowhere", "test", presets.real_esrgan(2))
 
 
 def test_an_artifact_is_scored_whole_or_tiled_alike(suite: Suite, session: Session) -> None:
