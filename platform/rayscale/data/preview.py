@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayscale.data.cut import cut
+from rayscale.data.cut import check_sizes, cut
 from rayscale.data.draws import Drawn
 from rayscale.data.plan import DataSettings, sample_generator
 from rayscale.data.shards import Photos
@@ -15,7 +15,7 @@ from rayscale.imaging import U8, decode_rgb, panel
 
 
 class PreviewSample(NamedTuple):
-    """One sample: the photo's key, the tensors that training would get, and what was drawn for them."""
+    """One sample: the photo's key, its tensors to the bit as training gets them, and what was drawn for them."""
 
     key: str
     tensors: dict[str, U8]
@@ -30,19 +30,24 @@ class Preview(NamedTuple):
 
 
 def preview(photos: Photos, settings: DataSettings, count: int) -> Preview:
-    """The first crop, in epoch 0, of `count` photos spread evenly over the split (less where it holds less).
+    """Crop 0 of epoch 0 of `count` photos spread evenly over the split (less where it holds less).
 
-    Raises: ConfigError for no sample; as `Photos.read`, `decode_rgb` and `cut`.
+    Training on this split alone draws these very samples, in an order of its plan; of several datasets, those of the
+    first one. A damaged photo is told here, where training takes another one in its place.
+
+    Raises: ConfigError for no sample, or a photo smaller than a crop; as `Photos.read` and `decode_rgb`.
     """
     count = min(count, len(photos))
     if count < 1:
         raise ConfigError("count", count, "there is nothing to show", "ask for 1 or more of a split with photos")
+    check_sizes(photos, settings)
     indices = [i * len(photos) // count for i in range(count)]
     samples = []
     for index, data in zip(indices, photos.read(indices), strict=True):
         photo = decode_rgb(data, name=str(photos.keys[index]))
         tensors, drawn = cut(photo, settings, sample_generator(settings.seed, 0, index, 0))
-        samples.append(PreviewSample(str(photos.keys[index]), tensors, drawn))
+        kept = {name: tensor.copy() for name, tensor in tensors.items()}  # a view would keep its whole photo
+        samples.append(PreviewSample(str(photos.keys[index]), kept, drawn))
     rows = [_pictures(sample) for sample in samples]
     return Preview(panel([cell for row in rows for cell in row], columns=len(rows[0])), samples)
 
