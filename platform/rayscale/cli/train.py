@@ -150,20 +150,21 @@ def _identify(
 
 
 def _job(chosen: Recipe, record: RunRecord, photos: Mixture, placement: Placement) -> Job:
-    scored = next((part for part in photos.parts if part.manifest.counts.get("validation")), None)
-    suite = Suite(
-        photos_uri=(scored or photos.parts[0]).uri,
-        split="validation",
-        degradation=chosen.data.degradation,
-        max_images=chosen.run.validate_on_images,
-        max_side_px=chosen.run.validate_max_side_px,
-    )
     if chosen.run.ship == "best" and chosen.run.best_metric not in METRICS:
         raise ConfigError(
             "run.best_metric", chosen.run.best_metric, "no such metric", nearest(chosen.run.best_metric, METRICS)
         )
-    validate = Validator(suite) if scored else None
-    if validate is None:
+    validate = None
+    if scored := next((part for part in photos.parts if part.manifest.counts.get("validation")), None):
+        suite = Suite(
+            photos_uri=scored.uri,
+            split="validation",
+            degradation=chosen.data.degradation,
+            max_images=chosen.run.validate_on_images,
+            max_side_px=chosen.run.validate_max_side_px,
+        )
+        validate = Validator(suite)
+    else:
         log.warning("%s has no validation split: no scores while training", photos.uri)
     return Job(
         task=chosen.task,
