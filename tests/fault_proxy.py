@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import random
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ KINDS = (
 class FaultProxy:
     """Forwards to `upstream`. `script` says what goes wrong with the next requests; after it chance does."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         self.upstream = upstream.removeprefix("http://")
         self.script: list[str] = []  # kinds; "" is a good answer
         self.seen: list[str] = []  # method and kind, such as "GET cut"
@@ -39,7 +40,9 @@ class FaultProxy:
         self._times: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("_", (_Handler,), {"proxy": self}))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:

@@ -82,7 +82,9 @@ class S3Store(Store):
 
         def attempt(gets: _Gets) -> Got:
             answer = gets.send(query["Bucket"], query["Key"], headers)
-            if answer.status == 412 or (etag and answer.etag != etag):
+            if answer.status == 412 or (
+                etag and answer.etag not in (etag, "")
+            ):  # also of a server that knows no If-Match
                 raise overwritten(uri)
             return Got(_body(answer, start, length) if "Range" in headers else answer.data, answer.etag)
 
@@ -232,9 +234,6 @@ def arrow_filesystem(bucket: str) -> Any:
         raise MissingError("bucket", bucket, rule, "check the name, or set AWS_DEFAULT_REGION") from None
 
 
-# ------------------------------------------------------------------------------------------------ GET, cheaply
-
-
 class _Answer(NamedTuple):
     status: int  # 200, 206, 412 or 416
     headers: Mapping[str, str]
@@ -256,14 +255,16 @@ class _Address(NamedTuple):
 
 
 class _Gets:
-    """GETs of one client. boto3 spends 1 ms of CPU around each; so it sends the first of a bucket, and finds address,
-    region and credentials. The others are the same request for another key: botocore signs, urllib3 sends.
-    What is not a plain answer to one of those is asked again through boto3, whose errors are the ones we know.
+    """A client, and its GETs without the 1 ms of CPU that boto3 spends around each.
+
+    boto3 sends the first of a bucket, and finds address, region and credentials. Those of parts of objects are then the
+    same request for another key: botocore signs, urllib3 sends. What has no plain answer is asked again through boto3.
     """
 
     def __init__(self, s3: Any, session: Any) -> None:
         self.s3, self._credentials = s3, session.get_credentials()
-        self._ca_bundle = session._session.get_config_variable("ca_bundle")  # no public way to it
+        bundle = session._session.get_config_variable("ca_bundle")  # there is no public way to it
+        self._authorities = bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True
         self._addresses: dict[str, _Address | None] = {}  # None: of a kind that boto3 must send
         self._sent = threading.local()
         s3.meta.events.register_last("before-send.s3.GetObject", self._note)
@@ -286,21 +287,19 @@ class _Gets:
     def _repeat(self, address: _Address, key: str, headers: Mapping[str, str]) -> _Answer:
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
-        from botocore.exceptions import ClientError, ResponseStreamingError
+        from botocore.exceptions import ResponseStreamingError
         from urllib3.exceptions import HTTPError
 
         name = quote(key, safe="/~")
         request = AWSRequest("GET", address.base + name, headers={**headers, "User-Agent": address.agent})
         S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", address.region).add_auth(request)
         try:
-            reply = address.pool.urlopen(
-                "GET", address.path + name, headers=dict(request.headers), redirect=False, decode_content=False
-            )
+            plain = {"headers": dict(request.headers), "redirect": False, "decode_content": False}
+            reply = address.pool.urlopen("GET", address.path + name, **plain)
         except HTTPError as error:
             raise ResponseStreamingError(error=error) from None
         if reply.status >= 500:  # boto3 would send it thrice more
-            told = {"Code": str(reply.status), "Message": reply.reason}
-            raise ClientError({"Error": told, "ResponseMetadata": {"HTTPStatusCode": reply.status}}, "GetObject")
+            raise ResponseStreamingError(error=f"{reply.status} {reply.reason}")
         if reply.status in (200, 206):
             _check_object(reply.headers.get("etag"))
         return _Answer(reply.status, reply.headers, reply.data)
@@ -326,25 +325,22 @@ class _Gets:
         from botocore.utils import get_environ_proxies
 
         request = self._sent.request
-        url = request.url.partition("?")[0]
-        signed = re.match(
-            rb"AWS4-HMAC-SHA256 Credential=[^/]+/\d+/([^/]+)/s3/aws4_request", _header(request, "Authorization")
-        )
+        url, signature = request.url.partition("?")[0], _header(request, "Authorization")
+        signed = re.match(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d+/([^/]+)/s3/aws4_request", signature)
         if not signed or not url.endswith(f"/{name}") or get_environ_proxies(url):
             return None
         base = url.removesuffix(name)
         timeout = urllib3.Timeout(connect=TIMEOUTS_S[0], read=TIMEOUTS_S[1])
         options = {"maxsize": CONNECTIONS, "retries": False, "timeout": timeout}
         if base.startswith("https:"):
-            options |= {"cert_reqs": "CERT_REQUIRED", "ca_certs": get_cert_path(self._ca_bundle or True)}
+            options |= {"cert_reqs": "CERT_REQUIRED", "ca_certs": get_cert_path(self._authorities)}
         pool = urllib3.connection_from_url(base, **options)
-        path = "/" + base.split("/", 3)[3]
-        return _Address(pool, base, path, signed[1].decode(), _header(request, "User-Agent").decode())
+        return _Address(pool, base, "/" + base.split("/", 3)[3], signed[1], _header(request, "User-Agent"))
 
 
-def _header(request: Any, name: str) -> bytes:
-    value = request.headers.get(name, b"")
-    return value if isinstance(value, bytes) else value.encode()
+def _header(request: Any, name: str) -> str:
+    value = request.headers.get(name, "")
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _check_object(etag: str | None) -> None:
@@ -370,8 +366,6 @@ def _body(answer: _Answer, start: int, length: int | None) -> bytes:
         raise IncompleteReadError(actual_bytes=len(answer.data), expected_bytes=end - start)
     return answer.data
 
-
-# --------------------------------------------------------------------------------------------------- clients
 
 _clients: dict[tuple[Any, ...], _Gets] = {}
 _clients_lock = threading.Lock()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import pickle
 import re
 import runpy
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,6 +29,8 @@ from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, ConflictError, MissingError, UnavailableError
 from rayscale.storage import download_dir, join, open_store, ray_filesystem, upload_dir
+
+FaultProxy = runpy.run_path(str(Path(__file__).parents[1] / "fault_proxy.py"))["FaultProxy"]
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +98,7 @@ def test_an_object_that_was_overwritten_is_noticed(uri):
     for _ in range(3):  # the first GET of a bucket is another one than those that follow
         assert store.read("x", start=6, length=5, etag=etag) == store.read("x", start=6, etag=etag) == b"bytes"
     assert store.read("x", etag=etag) == b"first bytes"
+    assert store.read("x", start=11, etag=etag) == store.read("x", start=11, length=5, etag=etag) == b""
     store.write("x", b"other bytes!")
     for asked in ({"start": 2, "length": 3}, {}):
         with pytest.raises(ConflictError, match=r"object=.*/x: was overwritten since it was first read"):
@@ -282,6 +287,43 @@ def test_ranged_reads_repeat_what_boto3_sent_with_credentials_that_may_change(s3
     token = storage_s3._gets()
     assert token is not gets
     assert token._credentials.token == "of a role"
+
+
+def test_a_server_with_tls_is_known_by_the_authorities_that_boto3_trusts(s3, moto, tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    what = [
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key", "-out", "certificate"]
+    subprocess.run(["openssl", *what, *names], cwd=tmp_path, check=True, capture_output=True)
+    open_store(s3).write("x", b"1234")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    proxy = FaultProxy(moto, context)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setattr(storage_s3, "TRIES", 1)
+    with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+        open_store(s3).read("x", start=1, length=2)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "certificate"))
+    for _ in range(2):
+        assert open_store(s3).read("x", start=1, length=2) == b"23"
+    gets = storage_s3._gets()
+    gets._authorities = True  # negative control: the repeated request looks at the certificate, too
+    gets._addresses["photos"] = gets._learn("set/x")
+    with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+        open_store(s3).read("x", start=1, length=2)
+    proxy.close()
 
 
 def test_a_proxy_of_the_environment_is_left_to_boto3(s3, moto, monkeypatch):

@@ -112,8 +112,8 @@ def test_who_does_not_check_is_given_corrupt_bytes(originals, remote, faults, mo
 
 def test_manifest_and_index_come_whole_even_without_checksums_of_the_server(local, remote, s3, faults):
     """Objects that other tools uploaded have none: the manifest is compared with itself, the index with it."""
+    bare = boto3.client("s3", config=boto3.session.Config(request_checksum_calculation="when_required"))
     for name in [p.name for p in Path(local).iterdir() if not p.name.endswith(".tar")]:
-        bare = boto3.client("s3", config=boto3.session.Config(request_checksum_calculation="when_required"))
         bare.put_object(Bucket="photos", Key=f"set/packed/{name}", Body=Path(local, name).read_bytes())
     expected = open_split(local, "train")
     faults.share, faults.kinds = SHARE, ("flip", "cut")
