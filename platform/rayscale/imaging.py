@@ -99,13 +99,36 @@ def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image", *, al
     picture, header, orientation = _open(data, limits, name)
     if not allow_lossy:
         _refuse_lossy(header, name)
-    if header.bits > 16:
-        raise ImageError(name, f"{header.bits} bits", "at most 16 bits per sample are read", "convert it to 8 bits")
+    _check_bits(header, name)
     with _hostile(name, header.format):
         pixels = np.ascontiguousarray(_UPRIGHT[orientation](_to_rgb(picture)))
         if pixels.shape != (header.height, header.width, 3):
             raise ValueError("pixels do not match the header")
     return pixels
+
+
+def decode_gray(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> tuple[U8, Header]:
+    """All of a picture read, as `decode_rgb` does and refusing what it refuses, for its luma u8[h, w] alone, upright.
+
+    For JPEG half the work: no chroma is transformed. Raises: as `decode_rgb`.
+    """
+    picture, header, orientation = _open(data, limits, name)
+    _check_bits(header, name)
+    with _hostile(name, header.format):
+        if header.mode == "RGB" and not header.alpha:
+            picture.draft("L", None)
+            gray = np.asarray(picture.convert("L"))
+        else:
+            gray = cv2.cvtColor(_to_rgb(picture), cv2.COLOR_RGB2GRAY)
+        gray = np.ascontiguousarray(_UPRIGHT[orientation](gray))
+        if gray.shape != (header.height, header.width):
+            raise ValueError("pixels do not match the header")
+    return gray, header
+
+
+def _check_bits(header: Header, name: str) -> None:
+    if header.bits > 16:
+        raise ImageError(name, f"{header.bits} bits", "at most 16 bits per sample are read", "convert it to 8 bits")
 
 
 def _open(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, int]:

@@ -8,6 +8,7 @@ turned copies are other photos here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -22,13 +23,13 @@ I64 = NDArray[np.int64]
 CELLS, SIDE = 32, 16
 BITS = SIDE * SIDE
 NEAR_BITS = 24  # that two hashes of one picture differ in, at most
-_LEAST_DETAIL = 1.0  # median size of the coefficients; below lie blank walls and skies, whose signs are noise
+_LEAST_DETAIL = 1.0  # size of a coefficient; most are below in blank walls and skies, whose signs are noise
 
 
-def perceptual_hash(hwc_u8: U8) -> str:
-    """64 hex digits for u8[h, w, 3]; "" where a picture has too little detail to be told from another."""
-    frequencies = cv2.dct(_cell_means(cv2.cvtColor(hwc_u8, cv2.COLOR_RGB2GRAY)))[:SIDE, :SIDE].ravel()
-    if np.median(np.abs(frequencies[1:])) < _LEAST_DETAIL:
+def perceptual_hash(gray: U8) -> str:
+    """64 hex digits for u8[h, w]; "" where a picture has too little detail to be told from another."""
+    frequencies = cv2.dct(_cell_means(gray))[:SIDE, :SIDE].ravel()
+    if np.count_nonzero(np.abs(frequencies) < _LEAST_DETAIL) > BITS // 2:
         return ""
     signs = frequencies > 0
     signs[0] = False  # the mean: brightness says nothing
@@ -37,14 +38,21 @@ def perceptual_hash(hwc_u8: U8) -> str:
 
 def _cell_means(gray: U8) -> NDArray[np.float32]:
     """Exact means over CELLS x CELLS equal areas, which may end within a pixel: so that the size does not matter."""
-    sums = cv2.integral(gray, sdepth=cv2.CV_64F)
+    sums = cv2.integral(gray, sdepth=cv2.CV_32S if gray.size < 1 << 23 else cv2.CV_64F)
     for side in gray.shape:
-        edges = np.linspace(0, side, CELLS + 1)
-        below = np.minimum(edges.astype(np.int64), side - 1)
-        share = (edges - below)[:, None]
-        sums = (sums[below] * (1 - share) + sums[below + 1] * share).T  # rows, then columns
-    areas: NDArray[np.float64] = np.diff(np.diff(sums, axis=0), axis=1)
-    return (areas * (CELLS * CELLS / gray.size)).astype(np.float32)
+        below, above, share = _edges(side)
+        at_edges = sums[below] * (1 - share) + sums[above] * share
+        sums = (at_edges[1:] - at_edges[:-1]).T  # rows, then columns
+    means: NDArray[np.float32] = (sums * (CELLS * CELLS / gray.size)).astype(np.float32)
+    return means
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _edges(side: int) -> tuple[I64, I64, NDArray[np.float64]]:
+    """Of the cells along one side: the pixel below each edge, the next one, and how far it lies towards that."""
+    edges = np.linspace(0, side, CELLS + 1)
+    below = np.minimum(edges.astype(np.int64), side - 1)
+    return below, below + 1, (edges - below)[:, None]
 
 
 def group(hashes: Sequence[str]) -> I64:

@@ -19,7 +19,7 @@ from rayscale.data.source import read, read_all
 from rayscale.data.tile_photos import Box, crop
 from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.imaging import Limits, decode_rgb
-from rayscale.storage import Store, join
+from rayscale.storage import LocalStore, Store, join, whole
 
 EXTENSIONS = {
     "jpeg": "jpg",
@@ -84,32 +84,42 @@ def header(member: Member) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def assemble(shard: Shard, photos: Iterable[bytes]) -> bytearray:
-    """The bytes of a shard, given those of its members in order."""
-    tar = bytearray(shard.info.size)
+def tar_pieces(shard: Shard, photos: Iterable[bytes]) -> Iterator[bytes]:
+    """The bytes of a shard, piece by piece, given those of its members in order."""
     for member, data in zip(shard.members, photos, strict=True):
-        tar[member.offset - BLOCK : member.offset] = header(member)
-        tar[member.offset : member.offset + len(data)] = data
-    return tar
+        yield header(member)
+        yield data
+        yield bytes(-len(data) % BLOCK)
+    yield bytes(2 * BLOCK)
 
 
 def write_shard(source: Store, out: Store, shard: Shard) -> None:
-    """Read the photos of a shard and write it, whole or not at all; one in memory at a time.
+    """Read the photos of a shard and write it, whole or not at all.
 
     Raises: IntegrityError for a photo that is gone or changed since its scan.
     """
-    out.write(shard.info.name, assemble(shard, fetch(source, [member.sample.photo for member in shard.members])))
+    put_shard(out, shard, fetch(source, [member.sample.photo for member in shard.members]))
+
+
+def put_shard(out: Store, shard: Shard, photos: Iterable[bytes]) -> None:
+    """Write a shard, given the bytes of its members in order; for a remote store it is held in memory."""
+    pieces = tar_pieces(shard, photos)
+    if not isinstance(out, LocalStore):
+        out.write(shard.info.name, b"".join(pieces))
+        return
+    with whole(out.path(shard.info.name)) as temporary, temporary.open("wb") as file:
+        file.writelines(pieces)
 
 
 def fetch(source: Store, photos: Sequence[Photo]) -> Iterator[bytes]:
     """The bytes of photos and tiles in order, each verified. Raises: IntegrityError for one that is not what it was."""
     runs = [list(same) for _, same in itertools.groupby(photos, lambda photo: (photo.item, photo.whole))]
     for run, data in zip(runs, read_all(source, [run[0].item for run in runs]), strict=True):
-        whole = _verified(source, run[0], data)
+        photo = _verified(source, run[0], data)
         if not run[0].box:
-            yield whole
+            yield photo
             continue
-        pixels = decode_rgb(whole, _UNLIMITED)  # once for all tiles of a photo that lie side by side
+        pixels = decode_rgb(photo, _UNLIMITED)  # once for all tiles of a photo that lie side by side
         for tile in run:
             cut = crop(pixels, Box.parse(tile.box))
             if hashlib.sha256(cut).hexdigest() != tile.sha256:  # as an encoder of another version would make it

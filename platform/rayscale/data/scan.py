@@ -17,7 +17,7 @@ from rayscale.data.parallel import Mapper
 from rayscale.data.source import TAR, Item, read_all
 from rayscale.data.tile_photos import Box, boxes, crop
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, MissingError, TooLargeError
-from rayscale.imaging import U8, Limits, decode_rgb, read_header
+from rayscale.imaging import U8, Limits, decode_gray, decode_rgb
 from rayscale.storage import Store
 
 SCAN_CHUNK = 2000  # photos whose results are kept together, for a run that goes on after a kill
@@ -116,8 +116,8 @@ Looked = list[Photo | Rejected]
 def fingerprint(items: Sequence[Item], settings: PackSettings) -> str:
     """Digest of a listing: equal ones mean equal photos, without reading them."""
     total = hashlib.sha256(dumps([__version__, settings.accepted, settings.tile_px]).encode())
-    for item in items:
-        total.update(json.dumps(item).encode())
+    for start in range(0, len(items), SCAN_CHUNK):
+        total.update(json.dumps(items[start : start + SCAN_CHUNK]).encode())
     return total.hexdigest()
 
 
@@ -188,8 +188,7 @@ def _look(item: Item, data: bytes | MissingError, limits: Limits, tile_px: int |
     try:
         if isinstance(data, MissingError):
             raise data
-        header = read_header(data, limits, item.key)
-        pixels = decode_rgb(data, limits, item.key)
+        gray, header = decode_gray(data, limits, item.key)
     except (ImageError, MediaTypeError, TooLargeError, MissingError) as error:
         return [Rejected(item.key, f"{error.value}: {error.rule}")]
     whole = Photo(
@@ -199,13 +198,14 @@ def _look(item: Item, data: bytes | MissingError, limits: Limits, tile_px: int |
         width=header.width,
         height=header.height,
         format=header.format,
-        look=perceptual_hash(pixels),
+        look=perceptual_hash(gray),
         tar=item.tar,
         tar_offset=item.offset,
         tar_size=item.size if item.tar else 0,
     )
     if tile_px is None or max(header.width, header.height) <= tile_px:
         return [whole]
+    pixels = decode_rgb(data, limits, item.key)
     return [_tile(whole, pixels, box) for box in boxes(header.height, header.width, tile_px)]
 
 
