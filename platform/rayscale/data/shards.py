@@ -214,7 +214,7 @@ class _Reader:
 _loading = threading.Lock()
 
 
-@functools.lru_cache(maxsize=6)
+@functools.lru_cache(maxsize=64)
 def _load(uri: str, split: str, digest: str) -> Index:
     """The index of one split, verified."""
     store = open_store(uri)
