@@ -1,7 +1,7 @@
 """`ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/ingest.py --help` tells more."""
 
 from rayscale.cli import run_one
-from rayscale.cli.ingest import ingest
+from rayscale.cli.data import pack
 
 if __name__ == "__main__":
-    run_one(ingest)
+    run_one(pack)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rayscale.cli.ingest import ingest
+from rayscale.cli.data import pack as ingest
 from rayscale.data import scan as scan_module
 from rayscale.data.assign import Sample, assign, hash_splits
 from rayscale.data.layout import layout
@@ -526,7 +526,7 @@ def test_ingest_reports_what_it_made(source, tmp_path):
     assert (made["quarantined"], made["duplicates"]) == (1, 0)
 
 
-INGEST = "from rayscale.cli import run_one; from rayscale.cli.ingest import ingest; run_one(ingest)"
+INGEST = "from rayscale.cli import run_one; from rayscale.cli.data import pack; run_one(pack)"
 
 
 def test_the_command_says_a_mistake_in_one_line(source, tmp_path):

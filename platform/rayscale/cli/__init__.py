@@ -20,12 +20,20 @@ from rayscale.errors import RayscaleError
 from rayscale.observe import setup_logging
 
 COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is called
-    "ingest": "rayscale.cli.ingest:ingest",
+    "data pack": "rayscale.cli.data:pack",
+    "data verify": "rayscale.cli.data:verify",
+    "data repair": "rayscale.cli.data:repair",
+    "data inspect": "rayscale.cli.data:inspect",
+    "data drop": "rayscale.cli.data:drop",
+    "data export-pairs": "rayscale.cli.data:export_pairs",
+    "ingest": "rayscale.cli.data:pack",  # the short name
     "train": "rayscale.cli.train:train",
     "publish": "rayscale.cli.publish:publish",
     "promote": "rayscale.cli.promote:promote",
     "recipes": "rayscale.cli.recipes:recipes",
 }
+
+GROUPS = {"data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it."}
 
 
 def run_one(command: Callable[..., dict[str, Any]]) -> None:
@@ -68,11 +76,24 @@ def main() -> None:
         pretty_exceptions_enable=False,
         help="From a bucket of high-resolution photos to quality-gated image endpoints, on Ray end to end.",
     )
-    wanted = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in COMMANDS else None
-    for name, target in COMMANDS.items():
-        if wanted is None or name == wanted:
-            module, _, function = target.partition(":")
-            app.command(name)(reported(getattr(importlib.import_module(module), function)))
-    if wanted is not None:
-        app.callback()(lambda: None)  # keep the sub-command's name although it is the only one
+    groups: dict[str, typer.Typer] = {}
+    for name in _wanted(sys.argv[1:]):
+        module, _, function = COMMANDS[name].partition(":")
+        group, _, last = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = typer.Typer(no_args_is_help=True, help=GROUPS[group])
+            app.add_typer(groups[group], name=group)
+        parent = groups[group] if group else app
+        parent.command(last)(reported(getattr(importlib.import_module(module), function)))
+    for alone in (a for a in (app, *groups.values()) if len(a.registered_commands) + len(a.registered_groups) == 1):
+        alone.callback()(lambda: None)  # keep the sub-command's name although it is the only one
     app()
+
+
+def _wanted(arguments: list[str]) -> list[str]:
+    """The commands that these arguments can mean: only their modules are imported."""
+    for num in (2, 1):
+        found = [name for name in COMMANDS if arguments[:num] == name.split()[:num]]
+        if found:
+            return found
+    return list(COMMANDS)

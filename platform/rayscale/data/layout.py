@@ -51,25 +51,33 @@ class Shard(NamedTuple):
 
 def layout(samples: Sequence[Sample], shard_bytes: int) -> list[Shard]:
     """Cut samples, in their order, into shards of at most `shard_bytes` (or one photo), each of one split."""
-    groups: list[list[Member]] = []
+    groups: list[list[Sample]] = []
     end = shard_bytes  # of the last group's members, bytes
     for sample in samples:
         length = BLOCK + -(-sample.photo.size // BLOCK) * BLOCK
-        if not groups or groups[-1][0].sample.split != sample.split or end + length + 2 * BLOCK > shard_bytes:
+        if not groups or groups[-1][0].split != sample.split or end + length + 2 * BLOCK > shard_bytes:
             groups.append([])
             end = 0
-        groups[-1].append(Member(sample, member_name(sample.photo), end + BLOCK))
+        groups[-1].append(sample)
         end += length
     numbers: Counter[str] = Counter()
     shards = []
-    for members in groups:
-        split, last = members[0].sample.split, members[-1]
-        content = "".join(f"{m.name} {m.sample.photo.sha256} {m.sample.photo.size}\n" for m in members)
-        name = f"{split}-{numbers[split]:06d}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar"
-        size = last.offset + -(-last.sample.photo.size // BLOCK) * BLOCK + 2 * BLOCK
-        shards.append(Shard(ShardInfo(name=name, size=size, samples=len(members)), tuple(members)))
+    for group in groups:
+        split = group[0].split
+        shards.append(make_shard(f"{split}-{numbers[split]:06d}", group))
         numbers[split] += 1
     return shards
+
+
+def make_shard(stem: str, samples: Sequence[Sample]) -> Shard:
+    """These samples in one tar, named `stem` and a digest of what is in it."""
+    members, end = [], 0
+    for sample in samples:
+        members.append(Member(sample, member_name(sample.photo), end + BLOCK))
+        end += BLOCK + -(-sample.photo.size // BLOCK) * BLOCK
+    content = "".join(f"{m.name} {m.sample.photo.sha256} {m.sample.photo.size}\n" for m in members)
+    name = f"{stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar"
+    return Shard(ShardInfo(name=name, size=end + 2 * BLOCK, samples=len(members)), tuple(members))
 
 
 def member_name(photo: Photo) -> str:

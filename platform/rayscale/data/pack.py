@@ -169,6 +169,8 @@ def _write_shards(
     check_free(out.uri, sum(shard.info.size for shard in missing) + (1 << 20), "the dataset")
     total = sum(shard.info.samples for shard in shards)
     done = total - sum(shard.info.samples for shard in missing)
+    if on_progress is not None and missing:
+        on_progress("packing", done, total)
     try:
         for shard, _ in zip(missing, mapper(partial(write_shard, source, out), missing), strict=True):
             done += shard.info.samples
@@ -223,16 +225,24 @@ def _read_json(out: Store, name: str) -> Any:
 
 
 def _sweep(out: Store, manifest: Manifest) -> None:
-    """Remove what earlier, unfinished runs left in a dataset that is now complete."""
-    ours = re.compile(r"scan/.*|(train|validation|test)-\d{6,}-[0-9a-f]{16}\.tar|index-[0-9a-f]{16}\.parquet")
-    keep = {shard.name for shard in manifest.shards} | {manifest.index_name}
     try:
-        for entry in out.list():
-            if ours.fullmatch(entry.key) and entry.key not in keep:
-                out.delete(entry.key)
-        out.sweep()
+        sweep(out, manifest)
     except RayscaleError as error:  # the dataset is whole without it; many may write but not delete
         log.warning("leftovers of packing stay under %s: %s", out.uri, error)
+
+
+def sweep(out: Store, manifest: Manifest) -> int:
+    """Remove what is ours and not of this dataset, as earlier runs left it; how many shards that were."""
+    keep, shards = {shard.name for shard in manifest.shards} | {manifest.index_name}, 0
+    for entry in out.list():
+        if _OURS.fullmatch(entry.key) and entry.key not in keep:
+            out.delete(entry.key)
+            shards += entry.key.endswith(".tar")
+    out.sweep()
+    return shards
+
+
+_OURS = re.compile(r"scan/.*|(train|validation|test)-\d{6,}-[0-9a-f]{16}\.tar|index-[0-9a-f]{16}\.parquet")
 
 
 def _report(manifest: Manifest, left_out: Mapping[str, Any], *, notes: tuple[str, ...], existed: bool) -> PackReport:

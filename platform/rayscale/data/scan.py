@@ -24,7 +24,7 @@ SCAN_CHUNK = 2000  # photos whose results are kept together, for a run that goes
 TASK_PHOTOS = 50  # that one worker looks at in one go
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with (phase, photos done, photos in all) now and then, from the calling thread."""
+"""Called with (phase, photos done, photos in all) before the work, then now and then, from the calling thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,8 @@ def scan(
     # One stream over all chunks: no worker waits for the end of a chunk.
     looked = itertools.chain.from_iterable(mapper(partial(look_all, store, settings.accepted, settings.tile_px), tasks))
     done = len(items) - sum(len(task) for task in tasks)
+    if on_progress is not None and tasks:
+        on_progress("scanning", done, len(items))
     for chunk, name in zip(chunks, names, strict=True):
         if cache is not None and name in there:
             rows = json.loads(cache.read(name))
