@@ -120,7 +120,7 @@ def s3(s3_server: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(storage_s3, "BACKOFF_S", 0.01)
-    storage_s3._client().create_bucket(Bucket="photos")
+    storage_s3.client().create_bucket(Bucket="photos")
     return "s3://photos/set"
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import random
 import socket
@@ -24,7 +23,7 @@ KINDS = (
     "flip",  # one bit of the body
     "slow",  # the body in pieces
     "page",  # an error's XML with status 200
-    "other",  # the answer of another object, as long, that was there meanwhile; 412 to who asks for the first one
+    "other",  # the answer of another object, as long, that was there for a moment; 412 to who asks for the first one
 )
 
 
@@ -101,9 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
             at = luck.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ 1 << luck.randrange(8)]) + data[at + 1 :]
         if kind == "other":
-            data = hashlib.shake_128(data).digest(len(data))
+            data = luck.randbytes(len(data))
             headers = {name: value for name, value in headers.items() if "checksum" not in name.lower()}
-            headers["ETag"] = '"of another object"'
+            headers["ETag"] = f'"{luck.randbytes(16).hex()}"'
         self.answer(status, headers, data, cut=kind == "cut", pieces=4 if kind == "slow" else 1)
 
     def answer(self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False, pieces: int = 1) -> None:

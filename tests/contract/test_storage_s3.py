@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_more_objects_than_one_page_and_the_folders_of_consoles(s3, monkeypatch)
     store = open_store(s3)
     for i in range(7):
         store.write(f"p/{i}", b"1")
-    storage_s3._client().put_object(Bucket="photos", Key="set/p/", Body=b"")
+    storage_s3.client().put_object(Bucket="photos", Key="set/p/", Body=b"")
     real = storage_s3._list_page
     monkeypatch.setattr(storage_s3, "_list_page", lambda query, s3: real({**query, "MaxKeys": 3}, s3))
     assert [e.key for e in store.list("p")] == [f"p/{i}" for i in range(7)]
@@ -239,10 +240,10 @@ def test_a_wrong_secret_is_refused_whoever_signs(s3, swift, monkeypatch):
     store = open_store(s3)
     store.write("x", b"1234")
     assert store.read("x", start=1, length=2) == store.read("x", start=1, length=2) == b"23"
-    learnt = storage_s3._gets()._addresses
+    learnt = storage_s3.gets()._addresses
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for addresses in ({}, learnt):  # boto3 asks; its request is repeated
-        storage_s3._gets()._addresses = addresses
+        storage_s3.gets()._addresses = addresses
         with pytest.raises(ConfigError, match=r"AWS_ACCESS_KEY_ID=a\d+:user: access .* was refused"):
             store.read("x", start=1, length=2)
 
@@ -271,22 +272,41 @@ def test_ranged_reads_repeat_what_boto3_sent_with_credentials_that_may_change(s3
     store, sent = open_store(s3), []
     store.write("with space/ünï+~.jpg", bytes(range(100)))
     assert store.read("with space/ünï+~.jpg", start=1, length=2) == b"\1\2"  # boto3, to learn the address
-    gets = storage_s3._gets()
+    gets = storage_s3.gets()
     monkeypatch.setattr(gets, "_ask", lambda *_: pytest.fail("asked boto3"))
     address = gets._addresses["photos"]
-    real = address.pool.urlopen
-    monkeypatch.setattr(address.pool, "urlopen", lambda *a, **k: (sent.append((a, k["headers"])), real(*a, **k))[1])
+    real = address.connections.get
+    monkeypatch.setattr(address.connections, "get", lambda *asked: (sent.append(asked), real(*asked))[1])
     assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"
-    (_, path), headers = sent[0]
+    path, headers = sent[0]
     assert path == "/photos/set/with%20space/%C3%BCn%C3%AF%2B~.jpg"
     signed = headers["Authorization"]
     assert "/us-east-1/s3/aws4_request, SignedHeaders=host;range;x-amz-content-sha256;x-amz-date" in signed
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of a role")
     assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"  # other settings, another client
     assert len(sent) == 1
-    token = storage_s3._gets()
+    token = storage_s3.gets()
     assert token is not gets
     assert token._credentials.token == "of a role"
+
+
+def test_connections_stay_open_and_those_that_a_server_closed_are_opened_anew(faults, s3):
+    store = open_store(s3)
+    store.write("x", b"1234")
+    for _ in range(4):
+        assert store.read("x", start=1, length=2) == b"23"
+    connections = storage_s3.gets()._addresses["photos"].connections
+    (kept,) = connections._idle
+    assert store.read("x", start=1, length=2) == b"23"
+    assert connections._idle == [kept]
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    faults.script += ["", "slow"]  # no try of ours is counted
+    assert store.read("x", start=1, length=2) == b"23"
+    assert connections._idle != [kept]
+    assert len(faults.script) == 1
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: store.read("x", start=1, length=2), range(40))) == {b"23"}
+    assert len(connections._idle) <= 8
 
 
 def test_a_server_with_tls_is_known_by_the_authorities_that_boto3_trusts(s3, moto, tmp_path, monkeypatch):
@@ -318,7 +338,7 @@ def test_a_server_with_tls_is_known_by_the_authorities_that_boto3_trusts(s3, mot
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "certificate"))
     for _ in range(2):
         assert open_store(s3).read("x", start=1, length=2) == b"23"
-    gets = storage_s3._gets()
+    gets = storage_s3.gets()
     gets._authorities = True  # negative control: the repeated request looks at the certificate, too
     gets._addresses["photos"] = gets._learn("set/x")
     with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -332,7 +352,7 @@ def test_a_proxy_of_the_environment_is_left_to_boto3(s3, moto, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", moto)
     for _ in range(2):
         assert open_store(s3).read("x", start=1, length=2) == b"23"
-    assert storage_s3._gets()._addresses == {"photos": None}
+    assert storage_s3.gets()._addresses == {"photos": None}
 
 
 # ------------------------------------------------------------------------------------------- a bad network
@@ -390,7 +410,7 @@ def test_a_truncated_body_is_not_retried_by_botocore_itself(faults, s3):
     open_store(s3).write("x", DATA)
     faults.script += ["cut"]
     with pytest.raises(Exception, match=r"(?i)read|broken|incomplete"):
-        storage_s3._client().get_object(Bucket="photos", Key="set/x")["Body"].read()
+        storage_s3.client().get_object(Bucket="photos", Key="set/x")["Body"].read()
 
 
 @pytest.mark.parametrize("fault", ["503", "reset"])

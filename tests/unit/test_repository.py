@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "platform/rayscale"
 
 HOMES = {  # library -> the only files that may import it
-    "boto3": {"storage_s3.py"},
-    "botocore": {"storage_s3.py"},
+    "boto3": {"storage_s3.py", "s3_client.py"},
+    "botocore": {"storage_s3.py", "s3_client.py"},
     "mlflow": {"tracking.py", "registry/models.py"},
     "onnxruntime": {"artifact.py"},
     "ray.data": {"data/pairs.py"},
