@@ -8,7 +8,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
@@ -90,16 +90,14 @@ def function_of_item(function: Callable[[T], R], item: T) -> R:
     return function(item)
 
 
-def spread(where: Literal["auto", "ray"], workers: int | None, *stores: Store) -> Mapper:
-    """`over_cluster`, connected; or this machine, for folders that the other nodes of a cluster may not see.
+def spread(*stores: Store, anyway: bool) -> Mapper:
+    """`over_cluster`, connected; or this machine, for folders that other nodes of a cluster may not see.
 
-    Raises: ConfigError (workers have no meaning on a cluster), as `connect`.
+    anyway: they do see them. Raises: as `connect`.
     """
     connect()
     folders = [store.uri for store in stores if not store.remote]
-    if where == "auto" and folders and sum(node["Alive"] for node in ray.nodes()) > 1:
+    if folders and not anyway and sum(node["Alive"] for node in ray.nodes()) > 1:
         log.warning("%s is a folder of this machine, which works alone (--on ray if all nodes share it)", folders[0])
-        return local(workers)
-    if workers is not None:
-        raise ConfigError("workers", workers, "has no effect on a Ray cluster, which is used whole", "leave it out")
+        return local()
     return over_cluster

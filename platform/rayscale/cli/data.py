@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -23,6 +24,11 @@ from rayscale.imaging import Limits, encode
 from rayscale.observe import Progress, log, progress
 from rayscale.storage import Store, join, open_store
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORTH_A_CLUSTER = 4  # pieces of work, each of some fifty photos or one shard
+
 Data = Annotated[str, typer.Argument(help="A packed dataset: a folder or `s3://bucket/prefix`.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Photos worked on at once, on this machine.", show_default="CPUs")
@@ -32,7 +38,7 @@ Where = Annotated[
     typer.Option(
         "--on",
         help="Where the work is done. **auto**: on the whole Ray cluster that `RAY_ADDRESS` names, as within `ray job "
-        "submit`; else, and for local folders on a cluster of several nodes, on this machine.",
+        "submit`; else, with `--workers`, and for local folders on a cluster of several nodes, on this machine.",
     ),
 ]
 
@@ -277,11 +283,21 @@ def export_pairs(
 
 
 def _mapper(on: Literal["auto", "ray", "local"], workers: int | None, *stores: Store) -> Mapper:
-    if on == "local" or (on == "auto" and not os.environ.get("RAY_ADDRESS")):
-        return local(workers)
-    from rayscale.cli.cluster import spread  # not before: importing Ray takes longer than packing a few photos
+    """Raises: ConfigError where `workers` would have no effect."""
+    if on == "ray" and workers is not None:
+        raise ConfigError("workers", workers, "has no effect on a Ray cluster, which is used whole", "leave it out")
+    here = local(workers)
+    if on == "local" or workers is not None or (on == "auto" and not os.environ.get("RAY_ADDRESS")):
+        return here
 
-    return spread(on, workers, *stores)
+    def mapped(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        if on == "auto" and len(items) < WORTH_A_CLUSTER:
+            return here(function, items)
+        from rayscale.cli.cluster import spread  # not before: importing Ray takes longer than a few photos
+
+        return spread(*stores, anyway=on == "ray")(function, items)
+
+    return mapped
 
 
 def _told(result: dict[str, Any], store: Store, damage: list[str], remedy: str) -> dict[str, Any]:
