@@ -70,7 +70,7 @@ def make_run(mlflow_home: Path, dataset: str, tmp_path: Path) -> Callable[..., s
             overrides=overrides,
             recipe_digest=digest(recipes.resolved(recipe)),
             resolved=json.loads(dumps(recipes.resolved(recipe))),
-            manifest=dataset,
+            datasets=(dataset,),
             manifest_digest=photos.manifest.digest,
             plan_digest="",
             tracking_uri=tracker.uri,

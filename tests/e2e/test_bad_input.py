@@ -186,8 +186,8 @@ def test_what_cannot_be_trained(dataset: str, tmp_path: Path, home: Path) -> Non
             [*good, "--set", "run.total_images=lots"], "--set run.total_images=lots: ...integer...; ...of type int"
         ),
         Refused(
-            [*good, "--set", "data.window_images=32"],
-            "data.window_images=32: a window holds each image once and this split has 12; pack more photos...",
+            [*good, "--set", "data.window_images=32", "--set", "data.micro_batch=16"],
+            "data.window_images=32: a window takes 32 images...which has 12: too few...; pack more photos...",
         ),
         Refused([*tiny, "--data", nowhere], f"data={nowhere}: holds no manifest.json; pack...`rayscale ingest`"),
         Refused([*tiny, "--data", small], "data.hr_crop_px=32: exceeds the smallest photo...; ...--min-side 32"),
