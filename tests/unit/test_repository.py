@@ -24,7 +24,17 @@ HOMES = {  # library -> the only files that may import it
     "ray.data": {"data/pairs.py"},
     "ray.train": {"train/runner.py", "train/hooks.py", "data/pairs.py"},
     "ray.serve": {"serve/app.py"},
-    "torch": {"task.py", "nn.py", "losses.py", "export.py", "evaluate.py", "cli/train.py", "tasks/*", "train/*"},
+    "torch": {
+        "task.py",
+        "nn.py",
+        "losses.py",
+        "augment_torch.py",
+        "export.py",
+        "evaluate.py",
+        "cli/train.py",
+        "tasks/*",
+        "train/*",
+    },
 }
 
 
