@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,16 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayscale.data import presets
+from rayscale.data import pairs, presets
 from rayscale.data.cut import check_sizes, cut, recut, sample_shapes
 from rayscale.data.degrade import Bicubic, Operator, apply, scale_of
 from rayscale.data.mixture import open_mixture
 from rayscale.data.operators import GaussianBlur, Jpeg, Resize, Sampling
+from rayscale.data.pack import pack
 from rayscale.data.plan import DataSettings, sample_generator
 from rayscale.data.sample import render_window
+from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError
-from rayscale.imaging import U8
+from rayscale.imaging import U8, encode
 
 SETTINGS = DataSettings(hr_crop_px=24, flips=False, micro_batch=2, virtual_shards=2, window_images=4, crops=2)
 
@@ -151,3 +155,42 @@ def test_a_crop_larger_than_the_smallest_photo_is_refused(dataset: str) -> None:
     check_sizes(photos, replace(SETTINGS, hr_crop_px=96))
     with pytest.raises(ConfigError, match=r"data\.hr_crop_px=98: exceeds the smallest photo.*--min-side 98"):
         check_sizes(photos, replace(SETTINGS, hr_crop_px=98))
+
+
+def test_labels_and_shrunk_photos_travel_where_they_are_asked_for(tmp_path: Path) -> None:
+    for i in range(16):
+        picture = np.full((40 + 4 * i, 96, 3), 16 * i, np.uint8)
+        path = tmp_path / "photos" / "bca"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture, "png"))
+    fractions = {"validation_fraction": 0.0, "test_fraction": 0.0}
+    pack(str(tmp_path / "photos"), str(tmp_path / "out"), PackSettings(min_side=16, **fractions))  # type: ignore[arg-type]
+    photos = open_mixture((str(tmp_path / "out"),), "train")
+    assert photos.classes == ("a", "b", "c")
+    settings = replace(SETTINGS, hr_crop_px=32, fit_px=32, degradation=(), tensors=("hr", "label"), window_images=8)
+    plan = photos.plan(settings)
+    seen = 0
+    for batch in render_window(photos, plan, 0, 0, 0, plan.rows):
+        assert {name: (t.dtype.str, t.shape) for name, t in batch.tensors.items()} == {
+            "hr": ("|u1", (settings.micro_batch, 32, 32, 3)), "label": ("<i8", (settings.micro_batch,))}  # fmt: skip
+        assert [photos.classes[k] for k in batch.tensors["label"]] == [
+            photos.parts[0].label(i) for i in batch.ids[:, 1]
+        ]
+        level = [int(hr.mean()) // 16 for hr in batch.tensors["hr"]]  # tells which photo it is
+        assert [photos.classes[k] for k in batch.tensors["label"]] == ["bca"[i % 3] for i in level]
+        seen += 1
+    assert seen == plan.rows
+    again = pairs.unpack(pairs.pack([batch], ("hr", "label")), 0)
+    assert again.checksum() == again.sha256 == batch.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors": ("hr", "mask")}, r"data.tensors=mask: no such tensor"),
+        ({"fit_px": 16}, r"data.fit_px=16: must be at least data.hr_crop_px=\d+; raise it"),
+    ],
+)
+def test_tensors_and_sizes_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SETTINGS, **changes)

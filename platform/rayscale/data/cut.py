@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from rayscale.data import augment
@@ -21,26 +22,43 @@ def check_sizes(photos: Photos, settings: DataSettings) -> None:
     """Raises: ConfigError where a photo of the split is smaller than a crop."""
     sides = np.minimum(np.asarray(photos.widths), np.asarray(photos.heights))
     scale = settings.scale
-    if len(sides) and int(sides.min()) // scale * scale < settings.hr_crop_px:
+    name, least = ("fit_px", settings.fit_px) if settings.fit_px else ("hr_crop_px", settings.hr_crop_px)
+    if len(sides) and int(sides.min()) // scale * scale < least:
         worst = int(sides.argmin())
         raise ConfigError(
-            "data.hr_crop_px",
-            settings.hr_crop_px,
+            f"data.{name}",
+            least,
             f"exceeds the smallest photo, {photos.keys[worst]} with {int(sides.min())} px",
-            f"lower it, or pack again with --min-side {settings.hr_crop_px}",
+            f"lower it, or pack again with --min-side {least}",
         )
 
 
+def fit(photo: U8, fit_px: int) -> U8:
+    """The photo, shrunk (pixel areas averaged) so that its shorter side is `fit_px`; 0 leaves it as it is."""
+    height, width = photo.shape[:2]
+    if not fit_px or min(height, width) == fit_px:
+        return photo
+    ratio = fit_px / min(height, width)
+    size = max(fit_px, round(width * ratio)), max(fit_px, round(height * ratio))
+    return np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def sample_shapes(settings: DataSettings) -> dict[str, tuple[int, ...]]:
-    """The tensors of one sample, all u8."""
+    """The tensors of one sample: u8, and "label" an i64."""
     side, frames = settings.hr_crop_px // settings.scale, frames_of(settings.degradation)
     lr: tuple[int, ...] = (frames, side, side, 3) if frames else (side, side, 3)
     mask: dict[str, tuple[int, ...]] = {"mask": (side, side, 1)} if mask_in(settings.degradation) else {}
-    return {"lr": lr, **mask, "hr": (settings.hr_crop_px, settings.hr_crop_px, 3)}
+    found: dict[str, tuple[int, ...]] = {"lr": lr, **mask, "hr": (settings.hr_crop_px, settings.hr_crop_px, 3)}
+    return {name: {**found, "label": ()}[name] for name in settings.tensors or found}
+
+
+def dtype_of(name: str) -> type[np.uint8] | type[np.int64]:
+    """Of the tensor with this name."""
+    return np.int64 if name == "label" else np.uint8
 
 
 def cut(photo: U8, settings: DataSettings, rng: np.random.Generator) -> tuple[dict[str, U8], Drawn]:
-    """One training sample of a decoded photo u8[h, w, 3]: its tensors by name, and what was drawn, in order.
+    """One training sample of a decoded photo u8[h, w, 3]: its pictures by name, and what was drawn, in order.
 
     The crop is degraded with the photo's own pixels around it, so no crop's border leaks into training; where the
     degradation reads no further than its margin, lr is what cutting the degraded photo gives.
@@ -70,7 +88,8 @@ def _cut(photo: U8, settings: DataSettings, chain: Chain) -> dict[str, U8]:
     keep = slice(top - y0, top - y0 + lr_side), slice(left - x0, left - x0 + lr_side)
     tensors = degrade(settings.degradation, wide, chain, keep)
     rows_hr, columns_hr = (slice(s.start * scale, s.stop * scale) for s in keep)
-    return augment.turn(settings.augment, settings.flips, {**tensors, "hr": wide[rows_hr, columns_hr]}, chain)
+    turned = augment.turn(settings.augment, settings.flips, {**tensors, "hr": wide[rows_hr, columns_hr]}, chain)
+    return {name: turned[name] for name in settings.tensors or turned if name in turned}
 
 
 def _window(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,16 @@ class Mixture:
         part, local = self._locate(np.array([image]))
         return str(self.parts[part[0]].keys[int(local[0])])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels of all datasets together, sorted; "" is that of photos without one."""
+        return _classes(self.parts)
+
+    def label(self, image: int) -> int:
+        """The place of a photo's label in `classes`."""
+        part, local = self._locate(np.array([image]))
+        return self.classes.index(self.parts[part[0]].label(int(local[0])))
+
     def read_each(self, images: I64) -> list[bytes | RayscaleError]:
         """The encoded photos, in order; in the place of one whose bytes are damaged for good, its IntegrityError.
 
@@ -63,6 +74,11 @@ class Mixture:
         first = np.cumsum([0, *self.sizes])
         parts = np.searchsorted(first, images, side="right") - 1
         return parts, images - first[parts]
+
+
+@functools.lru_cache(maxsize=64)
+def _classes(parts: tuple[Photos, ...]) -> tuple[str, ...]:
+    return tuple(sorted({name for part in parts for name in part.classes}))
 
 
 def open_mixture(uris: Sequence[str], split: str) -> Mixture:

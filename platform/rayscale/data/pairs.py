@@ -22,7 +22,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.train import DataConfig
 
-from rayscale.data.cut import sample_shapes
+from rayscale.data.cut import dtype_of, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.plan import Plan
 from rayscale.data.sample import MicroBatch, render_window
@@ -41,7 +41,7 @@ def padded_shards(shards: int, world_size: int) -> int:
 def check_block(plan: Plan) -> None:
     """Raises: ConfigError where a block would not fit its bound."""
     s = plan.settings
-    size = s.window_images * s.crops * sum(math.prod(shape) for shape in sample_shapes(s).values())
+    size = s.window_images * s.crops * sum(math.prod(shape) for shape in sample_shapes(s).values())  # labels: nothing
     if size > BLOCK_BYTES_MAX:
         raise ConfigError(
             "data.window_images",
@@ -194,7 +194,7 @@ def pack(batches: Iterable[MicroBatch], names: Sequence[str]) -> pa.Table:
         "damaged": pa.array([json.dumps(b.damaged) for b in given], pa.string()),
     }
     for name in names:
-        columns[name] = _binary([b.tensors.get(name, np.zeros(0, np.uint8)) for b in given])
+        columns[name] = _binary([b.tensors.get(name, np.zeros(0, np.uint8)).view(np.uint8) for b in given])
     return pa.table(columns)
 
 
@@ -215,7 +215,7 @@ def unpack(table: pa.Table, row: int) -> MicroBatch:
     return MicroBatch(
         step=table.column("step")[row].as_py(),
         shard=table.column("shard")[row].as_py(),
-        tensors={name: raw(name, np.uint8).reshape(shape) for name, shape in layout.items()},
+        tensors={name: raw(name, dtype_of(name)).reshape(shape) for name, shape in layout.items()},
         ids=raw("ids", np.int64).reshape(-1, 3),
         sha256=table.column("sha256")[row].as_py(),
         weight=table.column("weight")[row].as_py(),

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from rayscale.contract import digest
 from rayscale.data.augment import Augmentation
 from rayscale.data.degrade import Bicubic, Operator, check, scale_of
-from rayscale.errors import ConfigError
+from rayscale.data.extent import mask_in
+from rayscale.errors import ConfigError, nearest
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -41,6 +42,8 @@ class DataSettings:
     """The data half of a recipe: what a sample is, and the shape of the plan."""
 
     hr_crop_px: int = 128  # side of the high-resolution crop
+    fit_px: int = 0  # a photo is shrunk first, so that its shorter side has so many pixels; 0 leaves it as it is
+    tensors: tuple[str, ...] = ()  # that training gets, of lr, hr, mask and label; () is all but the label
     degradation: tuple[Operator, ...] = (Bicubic(scale=2),)
     augment: tuple[Augmentation, ...] = ()  # of the photo, before it is degraded
     flips: bool = True  # both mirrorings and quarter turns, in step on the whole pair
@@ -56,6 +59,13 @@ class DataSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}", getattr(self, name), "must be at least 1", "raise it")
         check(self.degradation)
+        known = ("lr", "hr", "label", *(("mask",) if mask_in(self.degradation) else ()))
+        for name in self.tensors:
+            if name not in known:
+                raise ConfigError("data.tensors", name, "no such tensor in this data", nearest(name, known))
+        if self.fit_px and self.fit_px < self.hr_crop_px:
+            rule = f"must be at least data.hr_crop_px={self.hr_crop_px}"
+            raise ConfigError("data.fit_px", self.fit_px, rule, "raise it, or 0 to leave photos as they are")
         if self.hr_crop_px % self.scale:
             raise ConfigError(
                 "data.hr_crop_px",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayscale.data.cut import check_sizes, cut
+from rayscale.data.cut import check_sizes, cut, fit
 from rayscale.data.draws import Drawn
 from rayscale.data.plan import DataSettings, sample_generator
 from rayscale.data.shards import Photos
@@ -44,7 +44,7 @@ def preview(photos: Photos, settings: DataSettings, count: int) -> Preview:
     indices = [i * len(photos) // count for i in range(count)]
     samples = []
     for index, data in zip(indices, photos.read(indices), strict=True):
-        photo = decode_rgb(data, name=str(photos.keys[index]))
+        photo = fit(decode_rgb(data, name=str(photos.keys[index])), settings.fit_px)
         tensors, drawn = cut(photo, settings, sample_generator(settings.seed, 0, index, 0))
         kept = {name: tensor.copy() for name, tensor in tensors.items()}  # a view would keep its whole photo
         samples.append(PreviewSample(str(photos.keys[index]), kept, drawn))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rayscale.data.cut import cut, sample_shapes
+from rayscale.data.cut import cut, dtype_of, fit, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.plan import I64, Plan, sample_generator
 from rayscale.errors import ImageError, RayscaleError
@@ -23,7 +25,7 @@ class MicroBatch:
 
     step: int
     shard: int
-    tensors: dict[str, U8]  # lr: u8[b, h, w, 3], hr: u8[b, h * scale, w * scale, 3]
+    tensors: dict[str, NDArray[Any]]  # lr: u8[b, h, w, 3], hr: u8[b, h * scale, w * scale, 3], label: i64[b], ...
     ids: I64  # [b, 3]: epoch, image, crop
     sha256: bytes  # of ids and tensors
     weight: float = 1.0
@@ -47,21 +49,24 @@ def render_window(photos: Mixture, plan: Plan, w: int, v: int, first_row: int, l
     window = plan.window(w, v)
     rows = window.order[first_row:last_row]
     wanted = np.unique(rows // s.crops)  # slots of the window that these rows touch
-    tensors = {name: np.empty((*rows.shape, *shape), np.uint8) for name, shape in sample_shapes(s).items()}
+    tensors = {name: np.empty((*rows.shape, *shape), dtype_of(name)) for name, shape in sample_shapes(s).items()}
     place = {int(entry): divmod(i, s.micro_batch) for i, entry in enumerate(rows.ravel())}
     damaged: dict[int, tuple[str, str]] = {}
     for slot, data in zip(wanted.tolist(), photos.read_each(window.images[wanted]), strict=True):
         image = int(window.images[slot])
-        photo = _decoded(data)
+        shown, photo = image, _decoded(data)
         if isinstance(photo, RayscaleError):
             damaged[slot] = (photos.key(image), photo.rule)
-            photo = _stand_in(photos, plan, w, v, slot, photo)
+            shown, photo = _stand_in(photos, plan, w, v, slot, photo)
+        photo, label = fit(photo, s.fit_px), photos.label(shown)
         for crop in range(s.crops):
             if (at := place.get(slot * s.crops + crop)) is None:  # of a row that is not asked for
                 continue
             rng = sample_generator(s.seed, int(window.epochs[slot]), image, crop)
             for name, tensor in cut(photo, s, rng)[0].items():
                 tensors[name][at] = tensor  # a copy: a crop that is a view would keep its whole photo
+            if "label" in tensors:
+                tensors["label"][at] = label
     for r, entries in enumerate(rows):
         slots, crops = entries // s.crops, entries % s.crops
         ids = np.stack([window.epochs[slots], window.images[slots], crops], axis=1).astype(np.int64)
@@ -80,13 +85,16 @@ def _decoded(data: bytes | RayscaleError) -> U8 | RayscaleError:
         return error
 
 
-def _stand_in(photos: Mixture, plan: Plan, w: int, v: int, slot: int, error: RayscaleError) -> U8:
-    """A sound photo for a slot, of outside the window if it can be. Raises: `error`, where others are damaged too."""
+def _stand_in(photos: Mixture, plan: Plan, w: int, v: int, slot: int, error: RayscaleError) -> tuple[int, U8]:
+    """(number of a sound photo, that photo) for a slot, of outside the window if it can be.
+
+    Raises: `error`, where others are damaged too.
+    """
     there = plan.window(w, v).images
     choices = [int(plan.substitute(w, v, attempt)[slot]) for attempt in range(SUBSTITUTES)]
     for image in sorted(choices, key=lambda image: image in there):
         if image != there[slot]:
             photo = _decoded(photos.read_each(np.array([image]))[0])
             if not isinstance(photo, RayscaleError):
-                return photo
+                return image, photo
     raise error

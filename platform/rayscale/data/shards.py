@@ -95,6 +95,10 @@ class Photos:
         """One name a sample; a copy of 8 bytes each."""
         return np.array(self.classes, dtype=object)[self._index.label]
 
+    def label(self, index: int) -> str:
+        """Of one sample; "" for none."""
+        return str(self.classes[self._index.label[index]])
+
     def __len__(self) -> int:
         return len(self._index.size)
 

@@ -75,6 +75,12 @@ def check(job: Job) -> None:
     scale = next(iter(job.task.specs.values())).scale
     if scale != job.data.scale:
         raise ConfigError("data.degradation", f"scale {job.data.scale}", f"the model's scale is {scale}", "align them")
+    for spec in job.task.specs.values():
+        sides = {axis for t in (*spec.inputs, *spec.outputs) for axis in t.shape[2:] if isinstance(axis, int)}
+        if wrong := sides - {job.data.hr_crop_px, job.data.hr_crop_px // scale}:
+            rule = f"the model's pictures have {min(wrong)} px"
+            raise ConfigError("data.hr_crop_px", job.data.hr_crop_px, rule, "align them")
+    _check_classes(job)
     if job.placement.num_workers > job.data.virtual_shards:
         raise ConfigError(
             "--workers",
@@ -90,6 +96,21 @@ def check(job: Job) -> None:
     for part in job.photos.parts:
         check_sizes(part, job.data)
     check_block(job.plan)
+
+
+def _check_classes(job: Job) -> None:
+    if "label" not in job.task.needs:
+        return
+    classes, wanted = job.photos.classes, getattr(job.task, "num_classes", None)
+    if "" in classes:
+        rule = "has photos without a label, and this model learns them by label"
+        raise ConfigError(
+            "data", job.photos.uri, rule, "pack with --labels or folders, or take a recipe without classes"
+        )
+    if wanted != len(classes):
+        known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        rule = f"the dataset has {len(classes)} labels: {known}"
+        raise ConfigError("task.num_classes", wanted, rule, f"--set task.num_classes={len(classes)}")
 
 
 def check_disk(job: Job) -> None:

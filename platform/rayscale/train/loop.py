@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -301,6 +302,9 @@ def _to_device(
         )
     tensors = {}
     for name, array in (batch.tensors or spare.tensors).items():
+        if array.dtype != np.uint8:  # a label
+            tensors[name] = torch.tensor(array, device=device)
+            continue
         picture = torch.tensor(array, device=device).movedim(-1, -3)  # NHWC in memory: channels_last already
         picture = picture.to(torch.float32, memory_format=torch.preserve_format).div_(255.0)
         tensors[name] = picture if settings.channels_last else picture.contiguous()
