@@ -17,18 +17,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-import onnx
 from PIL import Image
 
-from rayscale.artifact import Device, Session, open_model
 from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, IntegrityError, nearest
 from rayscale.imaging import F32, U8
 from rayscale.storage import open_store
+
+if TYPE_CHECKING:  # the built-in ones need no ONNX Runtime
+    from rayscale.artifact import Device, Session
 
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 
@@ -140,6 +141,10 @@ class _Opened(NamedTuple):
 
 
 def _open(net: FeatureNet, *, rank: int, device: Device, threads: int) -> _Opened:
+    import onnx
+
+    from rayscale.artifact import open_model
+
     folder, slash, file = net.uri.rpartition("/")
     data = open_store(folder or slash or ".").read(file)
     try:

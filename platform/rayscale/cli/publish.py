@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +14,15 @@ import typer
 from rayscale import export, recipes
 from rayscale.artifact import Device, digest_of
 from rayscale.cli.disk import check_disks
-from rayscale.cli.scoring import device_of, means, score_artifact, score_baseline
+from rayscale.cli.scoring import device_of, means, score_artifact
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
+from rayscale.data.mixture import open_mixture
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, nearest
-from rayscale.evaluate import Suite, compare
+from rayscale.evaluate import Suite, compare, metrics_of, score_baseline, suite_for
 from rayscale.observe import log
 from rayscale.recipes import Recipe
+from rayscale.registry.gate import Gate
 from rayscale.registry.models import Registry, Version
 from rayscale.storage import open_store
 from rayscale.tracking import without_password
@@ -36,7 +38,8 @@ class Prepared:
     name: str
     folder: Path
     card: ModelCard
-    scores: Mapping[str, Scores]  # "model" and "baseline"; empty where nothing can be scored
+    suite: Suite
+    scores: Mapping[str, Scores]  # "model" and "baseline"
 
 
 def publish(
@@ -67,12 +70,12 @@ def publish(
     ship: Literal["best", "last"] = "best" if (which or recipe.run.ship) == "best" else "last"
     digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
     checkpoint = select(run, ship, recipe.run.best_metric, **digests)
-    suite = Suite(open_store(photos or _held_out(record)).uri, "test", recipe.data.degradation)
+    held_out = open_store(photos or _held_out(record)).uri
     run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
     check_disks(tracking_uri, model_bytes=2 * sum(entry.size for entry in open_store(checkpoint.uri).list()))
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), suite, where, Path(scratch))
-        results = [_register(registry, one, run_id, suite, recipe, checkpoint) for one in prepared]
+        prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), held_out, where, Path(scratch))
+        results = [_register(registry, one, run_id, recipe, checkpoint) for one in prepared]
     main = next(result for result in results if result["model"] == name)
     return {**main, "checkpoint": checkpoint.uri, "also": [r for r in results if r is not main]}
 
@@ -99,7 +102,7 @@ def _prepare(
     checkpoint: CheckpointInfo,
     name: str,
     licence: str,
-    suite: Suite,
+    held_out: str,
     device: Device,
     scratch: Path,
 ) -> list[Prepared]:
@@ -113,26 +116,23 @@ def _prepare(
         images_seen=checkpoint.images_seen,
     )
     modules = recipe.task.shipped(load_nets(checkpoint, recipe.task))
+    classes = open_mixture(record.datasets, "train").classes if "label" in recipe.task.needs else ()
     prepared = []
     for function, module in modules.items():
         full_name = f"{name}.{function}" if function else name
         spec = recipe.task.specs[function]
-        card = ModelCard(family=recipe.task.family, spec=spec, licence=licence, lineage=lineage)
+        card = ModelCard(family=recipe.task.family, spec=spec, licence=licence, classes=classes, lineage=lineage)
         log.info("exporting %s after %d images", full_name, checkpoint.images_seen)
         folder = scratch / full_name
         card = export.to_onnx(module, card, folder)
-        scores = _score(folder, suite, device) if _scorable(spec) else {}
-        prepared.append(Prepared(full_name, folder, card, scores))
+        suite = suite_for(spec, recipe.data, held_out, "test")
+        prepared.append(Prepared(full_name, folder, card, suite, _score(folder, spec, suite, device)))
     return prepared
 
 
-def _scorable(spec: Spec) -> bool:
-    return spec.kind == "transform" and len(spec.inputs) == 1
-
-
-def _score(folder: Path, suite: Suite, device: Device) -> dict[str, Scores]:
+def _score(folder: Path, spec: Spec, suite: Suite, device: Device) -> dict[str, Scores]:
     scores = {
-        "baseline": score_baseline(suite),
+        "baseline": score_baseline(spec, suite),
         "model": score_artifact(folder, digest_of(folder), suite, device).scores,
     }
     log.info("held-out photos:\n%s", compare(scores))
@@ -140,18 +140,28 @@ def _score(folder: Path, suite: Suite, device: Device) -> dict[str, Scores]:
 
 
 def _register(
-    registry: Registry, one: Prepared, run_id: str, suite: Suite, recipe: Recipe, checkpoint: CheckpointInfo
+    registry: Registry, one: Prepared, run_id: str, recipe: Recipe, checkpoint: CheckpointInfo
 ) -> dict[str, Any]:
-    figures: dict[str, float] = {}
-    tags = {"images_seen": str(checkpoint.images_seen), "gate": dumps(recipe.gate)}
-    if one.scores:
-        figures = means(one.scores["model"]) | means(one.scores["baseline"], "baseline_")
+    figures = means(one.scores["model"]) | means(one.scores["baseline"], "baseline_")
+    tags = {
+        "images_seen": str(checkpoint.images_seen),
+        "gate": dumps(_gate(recipe.gate, one.card.spec)),
         # With these `promote` scores candidate and champion anew, on one suite.
-        tags |= {"suite": dumps(suite), "suite_digest": suite.digest}
-        tags |= {key: f"{value:.4f}" for key, value in figures.items()}
+        "suite": dumps(one.suite),
+        "suite_digest": one.suite.digest,
+        **{key: f"{value:.4f}" for key, value in figures.items()},
+    }
     texts = {f"scores-{which}.json": dumps(scores) for which, scores in one.scores.items()}
     version = registry.publish(one.name, one.folder, run_id=run_id or None, tags=tags, texts=texts)
     return _result(version, one, figures)
+
+
+def _gate(gate: Gate, spec: Spec) -> Gate:
+    """The recipe's; for a function of another kind, one on that kind's metric, which any gain passes."""
+    known = metrics_of(spec.kind)
+    if gate.metric in known:
+        return gate
+    return replace(gate, metric=known[0], also=(), min_gain_db_over_baseline=0.0)
 
 
 def _result(version: Version, one: Prepared, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -162,6 +172,6 @@ def _result(version: Version, one: Prepared, figures: Mapping[str, float]) -> di
         "uri": version.uri,
         "run_id": version.run_id,
         "parity_max_abs": one.card.parity_max_abs,
-        "images": len(one.scores["model"].keys) if one.scores else 0,
+        "images": len(one.scores["model"].keys),
         **figures,
     }

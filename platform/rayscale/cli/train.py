@@ -14,11 +14,11 @@ from torch import nn
 from rayscale import recipes
 from rayscale.cli.cluster import connect
 from rayscale.cli.disk import check_disks
-from rayscale.contract import code_version, digest, dumps
+from rayscale.contract import Spec, code_version, digest, dumps
 from rayscale.data.mixture import Mixture, open_mixture
 from rayscale.data.pairs import DataPlacement
 from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
-from rayscale.evaluate import METRICS, Suite, baseline, sample_grid, score, torch_run
+from rayscale.evaluate import METRICS, Suite, metrics_of, score_model, show, suite_for, torch_model
 from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.storage import home
@@ -150,20 +150,23 @@ def _identify(
 
 
 def _job(chosen: Recipe, record: RunRecord, photos: Mixture, placement: Placement) -> Job:
-    if chosen.run.ship == "best" and chosen.run.best_metric not in METRICS:
-        raise ConfigError(
-            "run.best_metric", chosen.run.best_metric, "no such metric", nearest(chosen.run.best_metric, METRICS)
-        )
+    if chosen.run.ship == "best":
+        known = [f"{name}/{m}" if name else m for name, s in chosen.task.specs.items() for m in metrics_of(s.kind)]
+        if chosen.run.best_metric not in known:
+            best = chosen.run.best_metric
+            raise ConfigError("run.best_metric", best, "no such metric of this model", nearest(best, known))
     validate = None
     if scored := next((part for part in photos.parts if part.manifest.counts.get("validation")), None):
-        suite = Suite(
-            photos_uri=scored.uri,
-            split="validation",
-            degradation=chosen.data.degradation,
-            max_images=chosen.run.validate_on_images,
-            max_side_px=chosen.run.validate_max_side_px,
-        )
-        validate = Validator(suite)
+        limits = {
+            "max_images": chosen.run.validate_on_images,
+            "max_side_px": chosen.run.validate_max_side_px,
+            "num_samples": chosen.run.validate_on_images,
+        }
+        specs = chosen.task.specs
+        suites = {
+            name: suite_for(spec, chosen.data, scored.uri, "validation", **limits) for name, spec in specs.items()
+        }
+        validate = Validator(specs, suites)
     else:
         log.warning("%s has no validation split: no scores while training", photos.uri)
     return Job(
@@ -203,7 +206,7 @@ def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Reci
 
 
 def _result(record: RunRecord, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("images_seen", "chain", "first_step_unix", "psnr_y", "ssim_y")
+    kept = ("images_seen", "chain", "first_step_unix", *METRICS)
     return {
         "run": record.name,
         "run_uri": record.uri,
@@ -216,14 +219,22 @@ def _result(record: RunRecord, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Validator:
-    """Scores the main shipped function on a suite, as evaluation does, and draws samples of it."""
+    """Scores every shipped function on its suite, as evaluation does, and draws samples of the main one.
 
-    suite: Suite
+    Metrics of the others bear their names: "reconstruct/psnr_y".
+    """
+
+    specs: Mapping[str, Spec]
+    suites: Mapping[str, Suite]
 
     def __call__(self, shipped: Mapping[str, nn.Module]) -> Validation:
-        module = shipped[""]
-        run = torch_run(module, next(module.parameters()).device)
-        scores = score(run, self.suite, "training")
-        scale = self.suite.scale
-        picture = sample_grid(self.suite, {"bicubic": baseline(scale), "model": run}, max_images=4, crop_px=128)
-        return Validation({name: scores.mean(name) for name in scores.metrics}, picture)
+        models = {
+            name: torch_model(module, self.specs[name], next(module.parameters()).device)
+            for name, module in shipped.items()
+        }
+        found: dict[str, float] = {}
+        for name, model in models.items():
+            scores = score_model(model, self.suites[name], "training")
+            prefix = f"{name}/" if name else ""
+            found |= {f"{prefix}{metric}": scores.mean(metric) for metric in scores.metrics}
+        return Validation(found, show({"model": models[""]}, self.suites[""]))
