@@ -30,6 +30,7 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
     "train": "rayscale.cli.train:train",
     "publish": "rayscale.cli.publish:publish",
     "promote": "rayscale.cli.promote:promote",
+    "evaluate": "rayscale.cli.evaluate:evaluate",
     "recipes": "rayscale.cli.recipes:recipes",
 }
 
