@@ -32,8 +32,8 @@ def jobs() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("submit jobs/")]
 
 
-def test_the_page_takes_a_reader_through_all_four_jobs() -> None:
-    assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote"]
+def test_the_page_takes_a_reader_through_all_jobs() -> None:
+    assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote", "evaluate"]
 
 
 @pytest.mark.parametrize("job", jobs(), ids=lambda job: job[0])
