@@ -62,7 +62,8 @@ def ssim(output: Tensor, target: Tensor) -> Tensor:
         c1, c2 = 0.01**2, 0.03**2
         similar = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
         alike = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a.square() + bb - mean_b.square() + c2)
-    return 1 - (similar * alike).mean()
+    dissimilar: Tensor = 1 - (similar * alike).mean()
+    return dissimilar
 
 
 def _windowed(planes: Tensor) -> Tensor:

@@ -152,12 +152,29 @@ def paths(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as plain JSON values, the task's class named; what a run is identified by.
+    """The whole recipe as plain JSON values, the task's class named, and that of each setting within it that could
+    be of another one (a generator, an architecture); what a run is identified by.
 
     A family outside this package is named with a digest of its source: an edited one is another recipe.
     """
     task = type(recipe.task)
-    named = {"task_type": f"{task.__module__}:{task.__qualname__}"}
+    named = {"task_type": _name(task)} | _chosen_types(recipe.task, "task")
     if task.__module__.partition(".")[0] != __name__.partition(".")[0]:
         named["task_source"] = digest(inspect.getsource(sys.modules[task.__module__]))
     return {**named, **to_json(recipe)}
+
+
+def _chosen_types(node: Any, path: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    hints = typing.get_type_hints(type(node))
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            if hints[f.name] is not type(value):
+                found[f"{path}.{f.name}_type"] = _name(type(value))
+            found |= _chosen_types(value, f"{path}.{f.name}")
+    return found
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -5,18 +5,11 @@ The shape of SRVGGNetCompact (Real-ESRGAN, arXiv:2107.10833): fast, exactly tile
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from rayscale import losses
-from rayscale.contract import Spec, TensorSpec
-from rayscale.errors import ConfigError
-from rayscale.nn import Clamp01, ema_of
-from rayscale.task import Batch, Ema, Losses, Optimizer, Turn
+from rayscale.upscaler import Upscaler
 
 
 class CompactNet(nn.Module):
@@ -42,54 +35,22 @@ class CompactNet(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compact:
+class Compact(Upscaler):
     """Hyperparameters of the family; it is its own config."""
 
-    scale: int = 2
     features: int = 32
     blocks: int = 6
-    loss_kind: Literal["l1", "charbonnier"] = "l1"
-    optimizer: Optimizer = Optimizer()
-    clip_norm: float | None = 1.0
-    ema_halflife_images: float = 2000.0
-
-    def __post_init__(self) -> None:
-        if self.scale not in (1, 2, 3, 4):
-            raise ConfigError("task.scale", self.scale, "must be 1, 2, 3 or 4", "set one of them")
-        for name in ("features", "blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"task.{name}", getattr(self, name), "must be at least 1", "raise it")
 
     family = "compact"
-    needs = ("lr", "hr")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("features", "blocks")
+
+    def net(self) -> nn.Module:
+        return CompactNet(self.features, self.blocks, self.scale)
 
     @property
-    def specs(self) -> Mapping[str, Spec]:
-        # `blocks` + first + last convolution, one pixel of radius each; nearest and shuffle add none.
-        side = f"{self.scale}*" if self.scale > 1 else ""
-        return {
-            "": Spec(
-                kind="transform",
-                inputs=(TensorSpec(name="image", shape=("n", 3, "h", "w")),),
-                outputs=(TensorSpec(name="image_out", shape=("n", 3, f"{side}h", f"{side}w")),),
-                scale=self.scale,
-                halo_px=self.blocks + 2,
-            )
-        }
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        ema = Ema(source="net", target="ema", halflife_images=self.ema_halflife_images)
-        return (Turn(name="g", nets=("net",), optimizer=self.optimizer, clip_norm=self.clip_norm, ema=(ema,)),)
-
-    def build(self, device: torch.device) -> dict[str, nn.Module]:
-        net = CompactNet(self.features, self.blocks, self.scale).to(device)
-        return {"net": net, "ema": ema_of(net)}
-
-    def loss(self, turn: str, nets: Mapping[str, nn.Module], batch: Batch) -> Losses:
-        output = nets["net"](batch.tensors["lr"])
-        pixel = getattr(losses, self.loss_kind)(output.float(), batch.tensors["hr"])
-        return Losses(pixel, {f"loss/{self.loss_kind}": pixel})
-
-    def shipped(self, nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        return {"": nn.Sequential(nets["ema"], Clamp01())}
+    def halo_px(self) -> int:
+        """`blocks` + first + last convolution, one pixel of radius each; nearest and shuffle add none."""
+        return self.blocks + 2

@@ -1,0 +1,73 @@
+"""Recipes of the residual in residual dense net, ESRGAN's generator; 23 blocks are its published size.
+
+python jobs/train.py --recipe rayscale.recipes.rrdb:x4 --data s3://bucket/photos --gpus-per-worker 1
+"""
+
+from __future__ import annotations
+
+from rayscale.data.degrade import Bicubic
+from rayscale.data.plan import DataSettings
+from rayscale.recipes import Recipe
+from rayscale.task import Optimizer
+from rayscale.tasks.rrdb import Rrdb
+from rayscale.train.loop import RunSettings
+
+
+def tiny() -> Recipe:
+    """Seconds on one core: what the contract tests train."""
+    return Recipe(
+        task=Rrdb(scale=2, features=8, blocks=1, growth=4, optimizer=Optimizer(learning_rate=3e-3)),
+        data=DataSettings(hr_crop_px=32, micro_batch=2, virtual_shards=4, window_images=4, crops=2),
+        run=RunSettings(
+            total_images=1024,
+            log_every_images=128,
+            validate_every_images=512,
+            checkpoint_every_images=256,
+            validate_max_side_px=96,
+        ),
+    )
+
+
+def x2() -> Recipe:
+    """x2, hours on a GPU."""
+    return _production(2)
+
+
+def x3() -> Recipe:
+    """x3, hours on a GPU."""
+    return _production(3)
+
+
+def x4() -> Recipe:
+    """x4, hours on a GPU."""
+    return _production(4)
+
+
+def _production(scale: int) -> Recipe:
+    return Recipe(
+        task=Rrdb(
+            scale=scale,
+            features=64,
+            blocks=8,
+            growth=32,
+            optimizer=Optimizer(learning_rate=2e-4, warmup_images=32_000, decay="cosine"),
+            ema_halflife_images=20_000.0,
+        ),
+        data=DataSettings(
+            hr_crop_px=48 * scale,
+            degradation=(Bicubic(scale=scale),),
+            micro_batch=8,
+            virtual_shards=4,
+            window_images=32,
+            crops=4,
+        ),
+        run=RunSettings(
+            total_images=8_000_000,
+            log_every_images=10_000,
+            validate_every_images=200_000,
+            checkpoint_every_images=100_000,
+            validate_on_images=32,
+            precision="bf16",
+            compile=True,
+        ),
+    )
