@@ -1,0 +1,106 @@
+"""Recipes of the variational autoencoder: pictures from noise, codes of pictures, pictures from codes.
+
+python jobs/train.py --recipe rayscale.recipes.vae:flowers_demo --data s3://bucket/flowers
+"""
+
+from __future__ import annotations
+
+from rayscale.data.augment import Mirror
+from rayscale.data.plan import DataSettings
+from rayscale.recipes import Recipe
+from rayscale.task import Optimizer
+from rayscale.tasks.vae import Vae
+from rayscale.train.loop import RunSettings
+
+
+def tiny() -> Recipe:
+    """Seconds on one core: what the contract tests train."""
+    return Recipe(
+        task=Vae(
+            side_px=16,
+            features=8,
+            latent=8,
+            beta_warmup_images=256,
+            optimizer=Optimizer(learning_rate=5e-3),
+            ema_halflife_images=100.0,
+        ),
+        data=DataSettings(
+            hr_crop_px=16,
+            fit_px=32,
+            tensors=("hr",),
+            degradation=(),
+            micro_batch=4,
+            virtual_shards=2,
+            window_images=8,
+            crops=2,
+        ),
+        run=RunSettings(
+            total_images=1024,
+            log_every_images=128,
+            validate_every_images=512,
+            checkpoint_every_images=256,
+            ship="last",
+        ),
+    )
+
+
+def flowers_demo() -> Recipe:
+    """32 px in ten minutes on two cores, from a few thousand photos of one kind of thing."""
+    return Recipe(
+        task=Vae(
+            side_px=32,
+            features=32,
+            latent=128,
+            beta_warmup_images=20_000,
+            optimizer=Optimizer(learning_rate=2e-3, warmup_images=1_000, decay="cosine"),
+        ),
+        data=_pictures(32, micro_batch=32, virtual_shards=2),
+        run=RunSettings(
+            total_images=128_000,
+            log_every_images=2_000,
+            validate_every_images=32_000,
+            checkpoint_every_images=32_000,
+            ship="last",
+        ),
+    )
+
+
+def px64() -> Recipe:
+    """64 px for production: hours on a GPU."""
+    return Recipe(
+        task=Vae(
+            side_px=64,
+            features=128,
+            blocks=2,
+            latent=256,
+            beta_warmup_images=1_000_000,
+            optimizer=Optimizer(learning_rate=5e-4, warmup_images=32_000, decay="cosine"),
+            ema_halflife_images=20_000.0,
+        ),
+        data=_pictures(64, micro_batch=32, virtual_shards=8),
+        run=RunSettings(
+            total_images=16_000_000,
+            log_every_images=10_000,
+            validate_every_images=400_000,
+            checkpoint_every_images=200_000,
+            ship="last",
+            precision="bf16",
+            compile=True,
+        ),
+    )
+
+
+def _pictures(side_px: int, *, micro_batch: int, virtual_shards: int) -> DataSettings:
+    """Whole photos, shrunk until one side fits; mirrored, never turned: flowers stand upright."""
+    return DataSettings(
+        hr_crop_px=side_px,
+        fit_px=side_px,
+        tensors=("hr",),
+        degradation=(),
+        augment=(Mirror(),),
+        flips=False,
+        micro_batch=micro_batch,
+        virtual_shards=virtual_shards,
+        window_images=4 * micro_batch,
+        crops=1,
+    )
