@@ -94,7 +94,7 @@ def test_a_version_on_its_own_suite_and_on_two_others(mlflow_home: Path, dataset
     for seed in (0, 1):
         registry.publish("photos-x2", tmp_path / f"small{seed}", tags=tags)
     registry.alias("photos-x2", "champion", 1)
-    result = evaluate("photos-x2:2", against=["photos-x2@champion", "lanczos"])
+    result = evaluate("photos-x2:2", against=["photos-x2", "lanczos"])  # a bare name is its champion
     assert set(result["suites"]) == {"published"}
     _, html = report_of(result, tmp_path / "one")
     assert "over photos-x2:1" in html
@@ -116,8 +116,10 @@ def test_a_classical_method_with_its_best_settings(mlflow_home: Path, dataset: s
     assert "gaussian sigma_px=" in html  # the settings that did best
     plain = evaluate("unchanged", against=["median"], suite=[suite])
     assert result["suites"]["noise"]["psnr_y"] > plain["suites"]["noise"]["psnr_y"] + 3
-    with pytest.raises(MissingError, match="no classical method for this suite; did you mean 'median'"):
+    with pytest.raises(MissingError, match="no classical method; did you mean 'median'"):
         evaluate("meedian", against=["mean"], suite=[suite])
+    with pytest.raises(MissingError, match=r"lanczos: .*no classical method for this suite"):
+        evaluate("mean", against=["lanczos"], suite=[suite])
 
 
 def test_measures_that_cost_more(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:
@@ -157,11 +159,21 @@ def test_a_generator_and_an_embedding(mlflow_home: Path, dataset: str, tmp_path:
     )  # fmt: skip
     sizes = {"max_images": 0, "fit_px": 16, "side_px": 16, "num_samples": 40}
     suite = suite_file(tmp_path / "small.json", dataset, **sizes)
-    result = evaluate(str(tmp_path / "maker"), suite=[suite], show=1)
+    write_model(
+        tmp_path / "judge", "embed",
+        TensorSpec(name="image", shape=("n", 3, "h", "w")),
+        TensorSpec(name="classes", shape=("n", 3)),
+        [helper.make_node("GlobalAveragePool", ["image"], ["a"]), helper.make_node("Flatten", ["a"], ["b"]),
+         helper.make_node("Softmax", ["b"], ["classes"])],
+    )  # fmt: skip
+    judge = str(tmp_path / "judge" / "model.onnx")
+    result = evaluate(str(tmp_path / "maker"), suite=[suite], show=1, classifier=judge)
     folder, html = report_of(result, tmp_path / "generated")
     gaussian = json.loads((folder / "small/scores/gaussian.json").read_text())
     assert np.mean(gaussian["metrics"]["neg_frechet"]) > result["suites"]["small"]["neg_frechet"]
-    assert "builtin:colour-texture" in html
+    assert "builtin:colour-texture as is" in html
+    assert "40, beside 12 photos" in html
+    assert re.search(r"Inception-style score over model.onnx@[0-9a-f]{12} classes as is", html)
     write_model(
         tmp_path / "eye", "embed",
         TensorSpec(name="image", shape=("n", 3, "h", "w")),
@@ -174,8 +186,9 @@ def test_a_generator_and_an_embedding(mlflow_home: Path, dataset: str, tmp_path:
     assert 0 < result["suites"]["small"]["same_photo_at_1"] <= 1
     with pytest.raises(ConfigError, match=r"--against=maker: is generate, eye is embed"):
         evaluate(str(tmp_path / "eye"), against=[str(tmp_path / "maker")], suite=[suite])
-    with pytest.raises(ConfigError, match="--self-ensemble=eye"):
-        evaluate(str(tmp_path / "eye"), suite=[suite], self_ensemble=True)
+    for option, given in (("self-ensemble", True), ("also", ["sift_ratio"]), ("classifier", judge)):
+        with pytest.raises(ConfigError, match=f"--{option}=eye: has no meaning for a model of kind embed"):
+            evaluate(str(tmp_path / "eye"), suite=[suite], **{option.replace("-", "_"): given})  # type: ignore[arg-type]
 
 
 def test_mistakes_are_told_before_the_work(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measures of pictures that cost more or need a feature net: asked for by name, higher is better as of all scores."""
+"""Measures that cost more or need a net of their own: asked for by name, higher is better as of all scores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from rayscale import metrics
 from rayscale.contract import Scores
+from rayscale.distributions import Spread, class_score
 from rayscale.errors import ConfigError, DivergedError, nearest
-from rayscale.evaluate.model import Run
+from rayscale.evaluate import generated
+from rayscale.evaluate.model import Model, Run
 from rayscale.evaluate.suite import Suite, pairs
-from rayscale.features import BUILTINS, open_maps
+from rayscale.features import BUILTINS, FeatureNet, open_features, open_maps
 from rayscale.imaging import U8
 
 TITLES = {
@@ -58,6 +60,21 @@ def with_measures(scores: Scores, run: Run, suite: Suite, names: Collection[str]
         else:
             rows.append(tuple(measure(made, pair.hr) for measure in wanted.values()))
     return replace(scores, metrics={**scores.metrics, **dict(zip(wanted, zip(*rows, strict=True), strict=True))})
+
+
+def class_scores(model: Model, suite: Suite, classifier: FeatureNet) -> tuple[str, dict[str, Spread]]:
+    """The classifier's name and its Inception-style score of generated pictures and of the suite's photos.
+
+    The samples are those that `generated` scores, shuffled: parts of a set sorted by class would have few classes.
+    """
+    net = open_features(classifier)
+    photos = np.stack([pair.hr for pair in pairs(suite)])
+    count = suite.num_samples or max(generated.LEAST_SAMPLES, len(photos))
+    found = {}
+    for name, pictures in (("generated", generated.samples(model, count)), ("photos", photos)):
+        order = np.random.Generator(np.random.Philox(0)).permutation(len(pictures))
+        found[name] = class_score(net(pictures[order]), splits=min(10, len(pictures)))
+    return net.name, found
 
 
 def _perceptual(suite: Suite) -> Measure:
