@@ -216,3 +216,23 @@ def test_a_damaged_folder_is_not_resurrected_by_copying_parts(folder: Path, tmp_
     found = checkpoint.newest(str(folder), tmp_path / "scratch")
     assert found is not None
     assert found.images_seen == 200
+
+
+def test_a_run_may_begin_with_the_weights_of_another(folder: Path, tmp_path: Path) -> None:
+    theirs = build_state(TASK, RunSettings(seed=300), torch.device("cpu")).nets
+    nets = TASK.build(torch.device("cpu")) | {"critic": torch.nn.Conv2d(3, 1, 3)}
+    critic = nets["critic"].weight.clone()
+    assert not torch.equal(parameters(nets["net"]), parameters(theirs["net"]))
+    assert checkpoint.warm_start(str(folder), nets) == ["ema", "net"]
+    assert torch.equal(parameters(nets["net"]), parameters(theirs["net"])), "of the newest checkpoint"
+    assert torch.equal(nets["critic"].weight, critic), "what it does not have stays as it is"
+    with pytest.raises(ConfigError, match=r"run\.warm_start=.*: its nets are ema, net, those of this recipe g; give"):
+        checkpoint.warm_start(str(folder), {"g": nets["net"]})
+    with pytest.raises(IntegrityError, match="net net"):
+        checkpoint.warm_start(str(folder), replace(TASK, features=6).build(torch.device("cpu")))
+    with pytest.raises(MissingError, match=r"run\.warm_start=.*: holds no checkpoint"):
+        checkpoint.warm_start(str(tmp_path / "nothing"), nets)
+
+
+def parameters(net: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])

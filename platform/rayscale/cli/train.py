@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from torch import nn
 
@@ -95,6 +96,8 @@ def train(
         return _result(record, {"images_seen": last.images_seen, "chain": last.chain, **last.metrics})
     if found and rebase:
         checkpoint.load_nets(found[0], chosen.task)  # do they fit? before anything is changed
+    if not found and chosen.run.warm_start:
+        checkpoint.warm_start(chosen.run.warm_start, chosen.task.build(torch.device("cpu")))  # likewise
     job = replace(job, record=record)
     check_disk(job)
     check_disks(job.tracking_uri)

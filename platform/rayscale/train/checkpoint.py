@@ -170,6 +170,28 @@ def load_nets(info: CheckpointInfo, task: Task) -> dict[str, nn.Module]:
     return {name: net.eval() for name, net in nets.items()}
 
 
+def warm_start(run_uri: str, nets: Mapping[str, nn.Module]) -> list[str]:
+    """Load the newest weights of another run into the nets that it has too, by name; the others stay as they are.
+
+    Returns the names of the nets loaded. Raises: MissingError (no checkpoint), ConfigError (no net in common),
+    IntegrityError (one of another shape).
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        found = newest(run_uri, Path(scratch) / "checkpoint")
+        if found is None:
+            raise MissingError(
+                "run.warm_start", run_uri, "holds no checkpoint", "give the run_uri that `train` printed"
+            )
+        tensors = load_file(Path(scratch) / "checkpoint" / "nets.safetensors")
+    theirs = {name.partition("/")[0] for name in tensors}
+    common = {name: net for name, net in nets.items() if name in theirs}
+    if not common:
+        rule = f"its nets are {', '.join(sorted(theirs))}, those of this recipe {', '.join(sorted(nets))}"
+        raise ConfigError("run.warm_start", run_uri, rule, "give a run of the same family, or of an SRGAN's generator")
+    _restore_nets(tensors, common)
+    return sorted(common)
+
+
 def _restore_nets(tensors: Mapping[str, Tensor], nets: Mapping[str, nn.Module]) -> None:
     for name, net in nets.items():
         prefix = f"{name}/"

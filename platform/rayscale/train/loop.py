@@ -40,6 +40,7 @@ class RunSettings:
     ship: Literal["best", "last"] = "best"  # which checkpoint is published
     best_metric: str = "psnr_y"
     keep_checkpoints: int = 2  # the best by best_metric; the newest is kept besides
+    warm_start: str = ""  # URI of another run, whose weights this one begins with
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False

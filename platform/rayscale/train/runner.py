@@ -162,6 +162,10 @@ def _worker(config: dict[str, Any]) -> RayscaleError | None:
             assert found is not None
             checkpoint.restore(folder, state.nets, state.optimizers)
             state.step, state.chain = chosen[1], found.chain
+        elif job.run.warm_start:
+            loaded = checkpoint.warm_start(job.run.warm_start, state.nets)
+            if rank == 0:
+                log.info("%s begin with the weights of %s", ", ".join(loaded), job.run.warm_start)
     if state.step >= job.total_steps:  # all but the word of it was done
         return None
     shard = ray.train.get_dataset_shard("train")
