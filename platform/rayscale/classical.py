@@ -249,8 +249,8 @@ _SAME_SIZE: dict[str, tuple[Method, ...]] = {
     "denoise": (
         _UNCHANGED,
         *_SMOOTHERS,
-        Method("bilateral", bilateral, {"sigma_px": (2.0, 1.0, 3.0), "sigma_level": (60.0, 90.0, 120.0, 180.0)}),
-        Method("nonlocal_means", nonlocal_means, {"level": (10.0, 5.0, 14.0, 20.0, 30.0)}),
+        Method("bilateral", bilateral, {"sigma_px": (2.0, 1.0, 3.0), "sigma_level": (90.0, 60.0, 120.0, 180.0)}),
+        Method("nonlocal_means", nonlocal_means, {"level": (14.0, 7.0, 10.0, 20.0, 30.0)}),
     ),
     "deblock": (
         _UNCHANGED,
@@ -275,5 +275,5 @@ _SAME_SIZE: dict[str, tuple[Method, ...]] = {
 }
 _BURST = (
     Method("bicubic", reference),
-    Method("shift_and_add", shift_and_add, {"sigma_px": (0.5, 0.7, 1.0, 1.4), "amount": (0.0, 0.5, 1.0)}),
+    Method("shift_and_add", shift_and_add, {"sigma_px": (0.5, 0.3, 0.7, 1.0), "amount": (1.0, 0.0, 0.5, 1.5, 2.0)}),
 )
