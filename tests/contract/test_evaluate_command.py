@@ -23,6 +23,7 @@ from rayscale.evaluate import Suite
 from rayscale.features import FeatureNet
 from rayscale.imaging import decode_rgb
 from rayscale.registry.models import Registry
+from rayscale.tracking import Tracker
 
 SMALL = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 X2 = (Bicubic(scale=2),)
@@ -90,13 +91,22 @@ def test_a_version_on_its_own_suite_and_on_two_others(mlflow_home: Path, dataset
         SMALL["write"](tmp_path / f"small{seed}", seed)
     registry = Registry()
     suite = Suite(dataset, "train", X2, max_images=3)
+    trained = Tracker.start("training", "run 1")
+    for step in (64, 128, 192):
+        trained.metrics({"validation/psnr_y": 20.0 + step / 64}, step)
+    trained.finish()
     tags = {"suite": dumps(suite)}
-    for seed in (0, 1):
-        registry.publish("photos-x2", tmp_path / f"small{seed}", tags=tags)
+    for seed, run_id in ((0, None), (1, trained.run_id)):
+        registry.publish("photos-x2", tmp_path / f"small{seed}", tags=tags, run_id=run_id)
     registry.alias("photos-x2", "champion", 1)
     result = evaluate("photos-x2:2", against=["photos-x2", "lanczos"])  # a bare name is its champion
     assert set(result["suites"]) == {"published"}
     _, html = report_of(result, tmp_path / "one")
+    assert result["report"].endswith("/report.html")
+    drawn = html.partition("Validation while it trained")[2].partition("</section>")[0]
+    assert drawn.count("<circle") == 3
+    assert "photos-x2:2</li>" in drawn
+    assert "photos-x2:1</li>" not in drawn  # its run logged none
     assert "over photos-x2:1" in html
     assert "over lanczos" in html
     assert "over bicubic" not in html  # only what was asked for

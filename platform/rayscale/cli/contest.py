@@ -36,6 +36,7 @@ class Contender:
     subject: str  # an artifact's digest, or the method's name
     provider: str = ""
     model: Model | None = None
+    run_id: str = ""  # MLflow run that a version was trained in
 
     @property
     def kind(self) -> Kind:

@@ -24,9 +24,9 @@ from rayscale.evaluate import Suite, extra
 from rayscale.features import FeatureNet
 from rayscale.imaging import U8, encode
 from rayscale.registry.models import Registry
-from rayscale.report import Facts, Pictures, Section, page
+from rayscale.report import Curves, Facts, Pictures, Point, Section, page
 from rayscale.storage import home, open_store
-from rayscale.tracking import Tracker, default_uri
+from rayscale.tracking import Tracker, answering, artifact_uri, default_uri
 
 EXPERIMENT = "evaluations"
 REPORT = "report.html"
@@ -76,6 +76,7 @@ def evaluate(
     found = {name: on_suite(one, contenders, asked) for name, one in suites.items()}
     title = f"{contenders[0].label} on {', '.join(suites)}"
     sections = [section for name, one in found.items() for section in _sections(name, one, contenders)]
+    sections += _training(registry, contenders)
     texts = {REPORT: page(title, sections, f"rayscale {contract.code_version()}")}
     for name, one in found.items():
         texts[f"{name}/suite.json"] = dumps(one.suite)
@@ -88,7 +89,9 @@ def evaluate(
                            *((p, encode(u8, "png")) for p, u8 in pictures.items())):  # fmt: skip
             store.write(path, data)
     figures = {name: _figures(one.scores[contenders[0].label]) for name, one in found.items()}
-    return {"subject": contenders[0].label, "digest": contenders[0].subject, "run_id": run_id, "suites": figures}
+    report = artifact_uri(registry.client, run_id, REPORT)
+    return {"subject": contenders[0].label, "digest": contenders[0].subject, "run_id": run_id, "report": report,
+            "suites": figures}  # fmt: skip
 
 
 def _open(registry: Registry, reference: str, device: Device) -> Contender:
@@ -106,11 +109,12 @@ def _open(registry: Registry, reference: str, device: Device) -> Contender:
         remedy = nearest(reference, (*method_names(), *registry.names()))
         raise MissingError("model", reference, rule, remedy) from None
     folder = registry.fetch(version, home() / "cache" / "artifacts")
-    return _of_session(str(version), artifact.load(folder, expect_digest=version.digest, device=device))
+    session = artifact.load(folder, expect_digest=version.digest, device=device)
+    return _of_session(str(version), session, version.run_id)
 
 
-def _of_session(label: str, session: Session) -> Contender:
-    return Contender(label, session.digest, session.provider, evaluation.session_model(session))
+def _of_session(label: str, session: Session, run_id: str = "") -> Contender:
+    return Contender(label, session.digest, session.provider, evaluation.session_model(session), run_id)
 
 
 def _suites(registry: Registry, subject: str, files: Sequence[str], photos: str) -> dict[str, Suite]:
@@ -156,6 +160,19 @@ def _sections(name: str, found: Found, contenders: Sequence[Contender]) -> list[
         *found.further,
         pages.every_picture(scores, subject, titles),
     ]
+
+
+def _training(registry: Registry, contenders: Sequence[Contender]) -> list[Section]:
+    """The decisive metric on the validation split while the versions trained, by images seen; none where none is."""
+    metric = evaluation.metrics_of(contenders[0].kind)[0]
+    series: dict[str, list[Point]] = {}
+    with answering(registry.uri):
+        for one in contenders:
+            if one.run_id and (history := registry.client.get_metric_history(one.run_id, f"validation/{metric}")):
+                series[one.label] = sorted((float(m.step), float(m.value)) for m in history)
+    title = evaluation.METRICS[metric]
+    curves = Curves(title="Validation while it trained", x_label="images seen", y_label=title, series=series)
+    return [curves] if series else []
 
 
 def _record(
