@@ -32,7 +32,7 @@ HOMES = {  # library -> the only files that may import it
         "upscaler.py",
         "perceptual.py",
         "export.py",
-        "evaluate.py",
+        "evaluate/model.py",
         "cli/train.py",
         "tasks/*",
         "train/*",
