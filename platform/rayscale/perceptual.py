@@ -24,7 +24,7 @@ from rayscale.storage import open_store
 Named = Literal["bank", "squeezenet11", "vgg16", "vgg19"]
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-_CAFFE = (104.0, 117.0, 123.0)  # of BGR in [0, 255]
+_CAFFE = (103.939, 116.779, 123.68)  # of BGR in [0, 255]
 _VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each stage
 
 

@@ -35,7 +35,7 @@ def tiny() -> Recipe:
 def demo() -> Recipe:
     """x2 on two cores: the first third on pixels alone, the rest against the critic."""
     base = span.demo()
-    task = Srgan(generator=_generator(base), critic_features=16, ramp_images=base.run.total_images // 3)
+    task = Srgan(generator=_generator(base), critic="patch", critic_features=32, ramp_images=base.run.total_images // 3)
     return replace(base, task=task, run=replace(base.run, ship="last"))
 
 
