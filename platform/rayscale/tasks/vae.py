@@ -287,4 +287,4 @@ def mean_image_psnr(train: U8, held_out: U8) -> float:
 
 
 def _norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(8, channels)
+    return nn.GroupNorm(channels // 8, channels)  # groups of 8 channels: of a map of one pixel, too

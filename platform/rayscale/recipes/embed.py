@@ -1,0 +1,94 @@
+"""Recipes of the embedding: vectors by which like pictures find each other, learned without labels.
+
+python jobs/train.py --recipe rayscale.recipes.embed:flowers_demo --data s3://bucket/flowers
+"""
+
+from __future__ import annotations
+
+from rayscale.data.plan import DataSettings
+from rayscale.recipes import Recipe
+from rayscale.task import Optimizer
+from rayscale.tasks.embed import Embed
+from rayscale.train.loop import RunSettings
+
+
+def tiny() -> Recipe:
+    """Seconds on one core: what the contract tests train."""
+    return Recipe(
+        task=Embed(
+            side_px=16,
+            features=8,
+            levels=2,
+            head=16,
+            temperature=0.5,
+            optimizer=Optimizer(learning_rate=5e-3),
+            ema_halflife_images=100.0,
+        ),
+        data=_pictures(16, fit_px=32, micro_batch=4, virtual_shards=2, window_images=8),
+        run=RunSettings(
+            total_images=1024,
+            log_every_images=128,
+            validate_every_images=512,
+            checkpoint_every_images=256,
+            ship="last",
+        ),
+    )
+
+
+def flowers_demo() -> Recipe:
+    """32 px in ten minutes on two cores, from a few thousand photos."""
+    return Recipe(
+        task=Embed(
+            side_px=32,
+            optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_images=4_000, decay="cosine"),
+        ),
+        data=_pictures(32, fit_px=32, micro_batch=128, virtual_shards=2, window_images=256),
+        run=RunSettings(
+            total_images=128_000,
+            log_every_images=2_000,
+            validate_every_images=32_000,
+            checkpoint_every_images=32_000,
+            ship="last",
+        ),
+    )
+
+
+def px64() -> Recipe:
+    """64 px for production: hours on a GPU."""
+    return Recipe(
+        task=Embed(
+            side_px=64,
+            features=64,
+            blocks=2,
+            head=256,
+            crop_area=(0.1, 1.0),
+            blur_chance=0.5,
+            optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_images=100_000, decay="cosine"),
+            ema_halflife_images=20_000.0,
+        ),
+        data=_pictures(64, fit_px=64, micro_batch=512, virtual_shards=4, window_images=1024),
+        run=RunSettings(
+            total_images=32_000_000,
+            log_every_images=20_000,
+            validate_every_images=800_000,
+            checkpoint_every_images=400_000,
+            ship="last",
+            precision="bf16",
+            compile=True,
+        ),
+    )
+
+
+def _pictures(side_px: int, *, fit_px: int, micro_batch: int, virtual_shards: int, window_images: int) -> DataSettings:
+    """Photos as they are: every change that a view needs is made in the loss, on the device."""
+    return DataSettings(
+        hr_crop_px=side_px,
+        fit_px=fit_px,
+        tensors=("hr",),
+        degradation=(),
+        flips=False,
+        micro_batch=micro_batch,
+        virtual_shards=virtual_shards,
+        window_images=window_images,
+        crops=1,
+    )
