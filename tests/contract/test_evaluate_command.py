@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rayscale import artifact, contract
 from rayscale.cli.evaluate import evaluate
 from rayscale.contract import ModelCard, Scores, Spec, TensorSpec, dumps
-from rayscale.data.operators import Bicubic, GaussianNoise, Operator
+from rayscale.data.operators import Bicubic, Burst, GaussianNoise, Mask, Operator
 from rayscale.errors import ConfigError, MissingError
 from rayscale.evaluate import Suite
 from rayscale.features import FeatureNet
@@ -130,6 +130,19 @@ def test_a_classical_method_with_its_best_settings(mlflow_home: Path, dataset: s
         evaluate("meedian", against=["mean"], suite=[suite])
     with pytest.raises(MissingError, match=r"lanczos: .*no classical method for this suite"):
         evaluate("mean", against=["lanczos"], suite=[suite])
+
+
+def test_masks_and_bursts(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:
+    masks = suite_file(tmp_path / "mask.json", dataset, (Mask(),), max_images=2)
+    bursts = suite_file(tmp_path / "burst.json", dataset, (Burst(frames=3, shift_px=2.0, shared=X2),), max_images=2)
+    inpainted = evaluate("telea", against=["navier_stokes"], suite=[masks], also=["sift_ratio"])
+    assert inpainted["suites"]["mask"]["psnr_y"] > 20
+    _, html = report_of(inpainted, tmp_path / "report")
+    assert "over navier_stokes" in html
+    merged, single = (evaluate(name, suite=[bursts])["suites"]["burst"] for name in ("shift_and_add", "bicubic"))
+    assert merged["psnr_y"] > single["psnr_y"]
+    with pytest.raises(MissingError, match="no classical method for this suite"):
+        evaluate("telea", suite=[bursts])
 
 
 def test_measures_that_cost_more(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rayscale.report import Better, Cell, Curves, Table, sorted_curve, worst
 
 CONFIDENCE = 0.95  # one-sided, of a mean gain
 _RESAMPLES = 2000
+_KEY = 8  # characters of a picture's key above it: enough to find it in the table
 
 
 class Seen(NamedTuple):
@@ -92,7 +93,7 @@ def side_by_side_rows(seen: Sequence[Seen], subject: str, scale: int, crop_px: i
         hr = slice(y, y + crop_px), slice(x, x + crop_px)
         lr = slice(y // scale, (y + crop_px) // scale), slice(x // scale, (x + crop_px) // scale)
         given = (pair.lr[0] if pair.lr.ndim == 4 else pair.lr)[lr].repeat(scale, axis=0).repeat(scale, axis=1)
-        row = {f"{pair.key} {'low resolution' if scale > 1 else 'as given'}": given}
+        row = {f"{pair.key[:_KEY]} {'low resolution' if scale > 1 else 'as given'}": given}
         for name, picture in made.items():
             row[f"{name} {psnr(picture[hr], pair.hr[hr], luma_only=True):.2f} dB"] = picture[hr]
         rows.append({**row, "truth": pair.hr[hr]})
