@@ -206,7 +206,7 @@ def register(fixed: F32, moved: F32) -> tuple[float, float] | None:
         return None
     window = cv2.createHanningWindow((width, height), cv2.CV_32F)
     (x, y), response = cv2.phaseCorrelate(moved - moved.mean(), fixed - fixed.mean(), window)
-    clear = response > 0.03 and abs(x) < width / 4 and abs(y) < height / 4
+    clear = response > 0.35 and abs(x) < width / 4 and abs(y) < height / 4
     return (x, y) if clear else None
 
 

@@ -136,7 +136,8 @@ class BurstNet(nn.Module):
         self.body = nn.Sequential(*layers, last)
 
     def forward(self, frames: Tensor) -> Tensor:
-        merged, weight = self.merge(frames)
+        with torch.autocast(frames.device.type, enabled=False):
+            merged, weight = self.merge(frames.float())
         first = frames[:, 0]
         correction: Tensor = self.body(torch.cat([first, merged, weight], 1))
         return functional.pixel_shuffle(merged + correction, self.config.scale)
