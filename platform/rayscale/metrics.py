@@ -17,6 +17,7 @@ _WINDOW, _SIGMA = 11, 1.5  # of SSIM, pixels
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # MS-SSIM's exponents, finest first (they sum to 1.0001, as printed)
 _LEAST_MS_SSIM_PX = (_WINDOW - 1) * 2 ** (len(_SCALES) - 1) + 1  # the window still fits into the coarsest scale
+_ROWS = 2048  # of descriptors at once
 _SAME = 1e-13  # of the squared lengths: less is the rounding of a matrix product, not a distance
 
 
@@ -117,12 +118,21 @@ def sift_match_ratio(picture: U8, truth: U8, *, ratio: float = 0.8) -> float:
 
 
 def _mutual_matches(a: F32, b: F32, ratio: float) -> list[tuple[int, int]]:
-    distances = euclidean(a.astype(np.float64), b.astype(np.float64))
-    forth, back = distances.argmin(axis=1), distances.argmin(axis=0)
-    nearest = distances[np.arange(len(a)), forth]
-    distances[np.arange(len(a)), forth] = np.inf
-    clear = nearest < ratio * distances.min(axis=1)
-    return [(i, int(j)) for i, j in enumerate(forth) if clear[i] and back[j] == i]
+    """(row of a, row of b). In blocks: a large photo has so many key points that all distances fill the memory."""
+    back, back_distance = np.zeros(len(b), np.intp), np.full(len(b), np.inf)
+    forth: list[tuple[int, int]] = []
+    for start in range(0, len(a), _ROWS):
+        distances = euclidean(a[start : start + _ROWS].astype(np.float64), b.astype(np.float64))
+        rows, columns = (np.arange(size) for size in distances.shape)
+        best = distances.argmin(axis=0)
+        nearer = distances[best, columns] < back_distance
+        back[nearer], back_distance[nearer] = start + best[nearer], distances[best, columns][nearer]
+        chosen = distances.argmin(axis=1)
+        nearest = distances[rows, chosen]
+        distances[rows, chosen] = np.inf
+        clear = nearest < ratio * distances.min(axis=1)
+        forth += [(start + int(i), int(chosen[i])) for i in np.flatnonzero(clear)]
+    return [(i, j) for i, j in forth if back[j] == i]
 
 
 def _similarity(x: F64, y: F64) -> tuple[F64, F64]:
