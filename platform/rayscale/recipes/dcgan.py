@@ -51,20 +51,22 @@ def tiny() -> Recipe:
 
 def flowers_demo() -> Recipe:
     """32 px, a few thousand photos: better than a Gaussian of the pixels within minutes on a CPU."""
-    adam = Optimizer(learning_rate=1e-3, betas=(0.0, 0.99), decay="cosine", final_fraction=0.1)
+    adam = Optimizer(learning_rate=1.5e-3, betas=(0.0, 0.99), decay="cosine", final_fraction=0.1)
     return Recipe(
         task=Gan(
             architecture=Dcgan(features=32, max_features=128),
             side=32,
-            r1_gamma=0.1,
+            adversarial="relativistic",
+            r1_gamma=0.05,
+            r2_gamma=0.05,
             penalty_share=0.25,
             optimizer=adam,
             critic_optimizer=adam,
-            ema_halflife_images=5_000.0,
+            ema_halflife_images=10_000.0,
         ),
         data=whole_photos(32, micro_batch=16, virtual_shards=1, window_images=256, crops=1),
         run=RunSettings(
-            total_images=160_000,
+            total_images=120_000,
             log_every_images=4_000,
             validate_every_images=40_000,
             checkpoint_every_images=40_000,
