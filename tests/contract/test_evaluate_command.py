@@ -118,6 +118,18 @@ def test_a_version_on_its_own_suite_and_on_two_others(mlflow_home: Path, dataset
         evaluate("photos-x2:2", photos=str(tmp_path / "nowhere"))
 
 
+def test_folders_of_one_name_are_told_apart(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:
+    digests = [SMALL["write"](tmp_path / str(seed) / "small", seed) for seed in (0, 1)]
+    suite = suite_file(tmp_path / "any name (1).json", dataset, max_images=2)
+    first, second = (str(tmp_path / str(seed) / "small") for seed in (0, 1))
+    result = evaluate(first, against=[second, first], suite=[suite])
+    assert result["subject"] == f"small {digests[0][:8]}"
+    assert set(result["suites"]) == {"any-name--1-"}
+    folder, html = report_of(result, tmp_path / "report")
+    assert f"over small {digests[1][:8]}" in html
+    assert len(list((folder / "any-name--1-" / "scores").iterdir())) == 2
+
+
 def test_a_classical_method_with_its_best_settings(mlflow_home: Path, dataset: str, tmp_path: Path) -> None:
     suite = suite_file(tmp_path / "noise.json", dataset, NOISE, max_images=2, max_side_px=64)
     result = evaluate("gaussian", against=["unchanged", "median"], suite=[suite])

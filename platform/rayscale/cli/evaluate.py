@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def evaluate(
     registry = Registry()
     suites = _suites(registry, subject, suite or [], photos)
     names = dict.fromkeys([subject, *(against or [CLASSICAL])])
-    contenders = [_open(registry, name, where) for name in names if name != CLASSICAL]
+    contenders = _told_apart([_open(registry, name, where) for name in names if name != CLASSICAL])
     net = FeatureNet(uri=classifier) if classifier else None
     asked = Asked(CLASSICAL in names, self_ensemble, tuple(also or ()), net, show)
     found = {name: on_suite(one, contenders, asked) for name, one in suites.items()}
@@ -117,10 +118,18 @@ def _of_session(label: str, session: Session, run_id: str = "") -> Contender:
     return Contender(label, session.digest, session.provider, evaluation.session_model(session), run_id)
 
 
+def _told_apart(contenders: Sequence[Contender]) -> list[Contender]:
+    """Folders of one name get their digests beside it."""
+    labels = Counter(label for label, _ in {(one.label, one.subject) for one in contenders})
+    return [
+        replace(one, label=f"{one.label} {one.subject[:8]}") if labels[one.label] > 1 else one for one in contenders
+    ]
+
+
 def _suites(registry: Registry, subject: str, files: Sequence[str], photos: str) -> dict[str, Suite]:
     """{name: suite}: the files' by their names, or the one that the version was published with."""
     if files:
-        found = {Path(file).stem: contract.loads(Suite, _read(file), file) for file in files}
+        found = {_file_name(Path(file).stem): contract.loads(Suite, _read(file), file) for file in files}
         if len(found) < len(files):
             raise ConfigError("--suite", ", ".join(files), "two of one name", "rename one: reports go by file names")
     else:
