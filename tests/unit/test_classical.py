@@ -136,7 +136,7 @@ def test_shifts_are_registered_by_parts_of_a_pixel(dx: float, dy: float) -> None
     )
     found = classical.register(gray(photo()), gray(moved))
     assert found is not None
-    assert np.hypot(found[0] - dx, found[1] - dy) < 0.25
+    assert np.hypot(found[0] - dx, found[1] - dy) < 0.1
 
 
 def test_unlike_pictures_have_no_shift() -> None:
