@@ -38,10 +38,12 @@ class PerceptualNet:
 
     def __post_init__(self) -> None:
         if self.net == "bank" and self.uri:
-            raise ConfigError("perceptual.uri", self.uri, "the bank is built in, no file is read", "leave it out")
+            raise ConfigError("task.perceptual.uri", self.uri, "the bank is built in, no file is read", "leave it out")
         if self.net != "bank" and not self.uri.endswith((".onnx", ".safetensors")):
             rule = f"{self.net} needs a file of weights, .onnx or .safetensors"
-            raise ConfigError("perceptual.uri", self.uri or "(none)", rule, "name one, or take perceptual.net=bank")
+            raise ConfigError(
+                "task.perceptual.uri", self.uri or "(none)", rule, "name one, or take perceptual.net=bank"
+            )
 
     def build(self, device: torch.device) -> nn.Module:
         """f32[n, 3, h, w] in [0, 1] -> its layers, a list of f32[n, c, h', w'], fine to coarse. Frozen.
@@ -133,13 +135,13 @@ def load(net: nn.Module, uri: str) -> None:
     try:
         given = safetensors.torch.load(data) if file.endswith(".safetensors") else _by_order(net, data)
     except Exception as error:  # protobuf's and safetensors' classes share no base of their own
-        raise IntegrityError("perceptual.uri", uri, "cannot be read", f"fetch it again ({error})") from None
+        raise IntegrityError("task.perceptual.uri", uri, "cannot be read", f"fetch it again ({error})") from None
     for name, parameter in net.named_parameters():
         found = given.get(name)
         if found is None or found.shape != parameter.shape:
             shown = "none" if found is None else tuple(found.shape)
             rule = f"{name} must be {tuple(parameter.shape)}, {uri} has {shown}"
-            raise ConfigError("perceptual.net", type(net).__name__, rule, "name the net that these weights are of")
+            raise ConfigError("task.perceptual.net", type(net).__name__, rule, "name the net that these weights are of")
         parameter.data.copy_(found)
 
 

@@ -25,7 +25,7 @@ from rayscale.tasks.edsr import Edsr
 from rayscale.tasks.rrdb import Rrdb
 from rayscale.tasks.span import BranchedConv, Span, merge
 from rayscale.tasks.srgan import PatchCritic, Srgan, UnetCritic
-from rayscale.tasks.unet import Unet
+from rayscale.tasks.unet import Unet, Up
 from rayscale.upscaler import Upscaler
 
 CPU = torch.device("cpu")
@@ -182,6 +182,18 @@ def test_the_quality_net_has_at_most_a_million_parameters(name: str) -> None:
 
 
 # --- the encoder-decoder with a mask ---
+
+
+def test_upscaling_is_a_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    up, x = Up(6, 4), torch.randn(2, 6, 5, 7)
+    conv = up[0]
+    transposed = nn.ConvTranspose2d(6, 4, 2, stride=2)
+    transposed.weight.data = conv.weight.data.reshape(4, 2, 2, 6).permute(3, 0, 1, 2).contiguous()
+    transposed.bias = None
+    conv.bias.data.zero_()
+    torch.testing.assert_close(up(x), transposed(x))
+    assert not torch.allclose(up(x), transposed(x.flip(-1))), "negative control"
 
 
 def test_with_a_mask_only_missing_pixels_change(tmp_path: Path) -> None:

@@ -29,6 +29,17 @@ class Block(nn.Module):
         return x + self.leave(torch.relu(self.enter(x)))  # type: ignore[no-any-return]
 
 
+class Up(nn.Sequential):
+    """A transposed convolution of side 2 and stride 2, written as the 1x1 convolution and shuffle that it is.
+
+    ONNX Runtime multiplies matrices for the other form, in pieces that depend on the picture's size: from 129 channels
+    on a tile would differ from the whole in the last bit.
+    """
+
+    def __init__(self, channels: int, new_channels: int) -> None:
+        super().__init__(nn.Conv2d(channels, 4 * new_channels, 1), nn.PixelShuffle(2))
+
+
 class Level(nn.Module):
     """Blocks, what a level of half the resolution makes of them, and blocks again; the coarsest has one set only."""
 
@@ -38,7 +49,7 @@ class Level(nn.Module):
         self.below = Level(2 * features, blocks, below - 1) if below else None
         if below:
             self.down = nn.Conv2d(features, 2 * features, 2, stride=2)
-            self.up = nn.ConvTranspose2d(2 * features, features, 2, stride=2)
+            self.up = Up(2 * features, features)
             self.after = nn.Sequential(*(Block(features) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
