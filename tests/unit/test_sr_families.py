@@ -18,6 +18,7 @@ from rayscale.contract import ModelCard, digest
 from rayscale.errors import ConfigError
 from rayscale.export import to_onnx
 from rayscale.nn import SpectralNorm, spectrally_normed
+from rayscale.perceptual import PerceptualNet
 from rayscale.recipes import discover, load, resolved
 from rayscale.task import Batch, Optimizer, Task
 from rayscale.tasks.compact import Compact
@@ -115,6 +116,13 @@ def test_a_radius_too_large_is_told() -> None:
         (lambda: Srgan(generator=Compact(), adversarial_weight=0.0), "there is no game"),
         (lambda: Srgan(generator=Compact(), style_weight=-1.0), "task.style_weight=-1.0"),
         (lambda: Srgan(generator=Compact(), critic_features=0), "task.critic_features=0"),
+        (
+            lambda: Srgan(
+                generator=Compact(), perceptual_weight=0.0, perceptual=PerceptualNet(net="vgg16", uri="a.onnx")
+            ),
+            "task.perceptual.net=vgg16: has no effect",
+        ),
+        (lambda: Edsr(residual_share=0.0), "task.residual_share=0.0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(make: type, says: str) -> None:
@@ -361,6 +369,8 @@ def test_the_generator_is_set_by_its_path() -> None:
     assert isinstance(task, Srgan)
     assert task.generator == replace(srgan_of("tiny").generator, features=7)  # type: ignore[call-arg]
     assert task.adversarial == "hinge"
+    both = ["task.perceptual.net=vgg19", "task.perceptual.uri=s3://bucket/vgg19.onnx"]
+    assert load("rayscale.recipes.srgan:x4", both).task.perceptual.net == "vgg19"  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"did you mean 'task\.generator\.features'"):
         load("rayscale.recipes.srgan:tiny", ["task.generator.feature=7"])
     with pytest.raises(ConfigError, match="is a group of settings"):

@@ -4,7 +4,8 @@ First the generator on its pixel loss, then from its weights:
 
 python jobs/train.py --recipe rayscale.recipes.rrdb:x4 --data s3://bucket/photos --name pixels --gpus-per-worker 1
 python jobs/train.py --recipe rayscale.recipes.srgan:x4 --data s3://bucket/photos --gpus-per-worker 1 \
-    --set run.warm_start=RUNS/pixels
+    --set run.warm_start=RUNS/pixels \
+    --set task.perceptual.net=vgg19 --set task.perceptual.uri=s3://bucket/vgg19.onnx
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rayscale.errors import ConfigError
 from rayscale.nn import PixelShuffles, zeroed
 from rayscale.upscaler import Upscaler
 
@@ -55,6 +56,8 @@ class Edsr(Upscaler):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_one("features", "blocks")
+        if not 0 < self.residual_share <= 1:
+            raise ConfigError("task.residual_share", self.residual_share, "must be above 0, at most 1", "try 0.1")
 
     def net(self) -> nn.Module:
         return EdsrNet(self.features, self.blocks, self.residual_share, self.scale)

@@ -97,6 +97,9 @@ class Srgan:
             raise ConfigError(
                 "task.adversarial_weight", self.adversarial_weight, rule, "train the generator's own task"
             )
+        if self.perceptual != PerceptualNet() and not (self.perceptual_weight or self.style_weight):
+            rule = "has no effect without perceptual_weight or style_weight"
+            raise ConfigError("task.perceptual.net", self.perceptual.net, rule, "set one of them")
         if self.critic_features < 1:
             raise ConfigError("task.critic_features", self.critic_features, "must be at least 1", "raise it")
 
