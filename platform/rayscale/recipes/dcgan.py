@@ -66,7 +66,7 @@ def flowers_demo() -> Recipe:
         ),
         data=whole_photos(32, micro_batch=16, virtual_shards=1, window_images=256, crops=1),
         run=RunSettings(
-            total_images=120_000,
+            total_images=80_000,
             log_every_images=4_000,
             validate_every_images=40_000,
             checkpoint_every_images=40_000,
