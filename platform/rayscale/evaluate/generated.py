@@ -98,7 +98,8 @@ def _score(pictures: U8, suite: Suite, subject: str, provider: str) -> Scores:
         a, b = (draw.choice(len(x), size, replace=False) for x in (real, found))
         kid.append(-1000 * distributions.mmd2(real[a], found[b]))
     frechet = -distributions.frechet(distributions.fit_gaussian(real), distributions.fit_gaussian(found))
-    shares = distributions.precision_recall(real[:least], found[:least], k=min(3, least - 1))
+    spaced = [x[[i * len(x) // least for i in range(least)]] for x in (real, found)]  # a split may be sorted by class
+    shares = distributions.precision_recall(*spaced, k=min(3, least - 1))
     values = {
         "neg_kid": tuple(kid),
         "neg_frechet": (frechet,) * SUBSETS,
