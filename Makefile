@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## photos to a better picture over HTTP, all on this machine
 	@$(BIN)/python infra/local/demo.py --port $(PORT) $(if $(KEEP),--keep)
 
 test: $(INSTALLED)  ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(INSTALLED)  ## the long ones only: the whole demo within its budgets, chaos
 	$(BIN)/python -m pytest -m long --timeout 1800
