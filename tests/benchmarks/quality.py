@@ -1,0 +1,123 @@
+"""What a recipe is worth: trained here without Ray, exported, scored on held-out photos beside the classical methods.
+
+python tests/benchmarks/quality.py rayscale.recipes.compact:demo DATASET [--test DATASET] [--out FOLDER]
+                                   [--set path=value ...] [--threads 2] [--features model.onnx --features-px 64]
+
+DATASET: as `rayscale data pack` makes them; scored is the test split. The artifact is scored, as publishing does. The
+last line is one JSON object; FOLDER/NAME.png shows samples. Evaluation data is nobody's to pass on: nothing is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayscale import artifact, recipes
+from rayscale.contract import ModelCard
+from rayscale.data.mixture import Mixture, open_mixture
+from rayscale.data.sample import MicroBatch, render_window
+from rayscale.evaluate import compare, score_baseline, score_model, session_model, show, suite_for
+from rayscale.export import to_onnx
+from rayscale.features import FeatureNet, open_features
+from rayscale.imaging import encode
+from rayscale.observe import progress
+from rayscale.recipes import Recipe
+from rayscale.train.loop import State, build_state, fit
+
+
+class Watched:
+    """Hooks that show where the run is."""
+
+    def __init__(self, shown: Any) -> None:
+        self.shown, self.note = shown, ""
+
+    def stepped(self, images_seen: int) -> bool:
+        self.shown.update(min(images_seen, self.shown.total), self.note)
+        return False
+
+    def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        self.note = " ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/"))
+
+    def validate(self, images_seen: int, nets: Mapping[str, nn.Module]) -> dict[str, float]:
+        return {}
+
+    def checkpoint(self, state: State, images_seen: int, metrics: Mapping[str, float]) -> None: ...
+
+
+def steps(photos: Mixture, recipe: Recipe) -> Iterator[list[MicroBatch]]:
+    """The planned sequence; the next windows are made while this one trains."""
+    plan, shards = photos.plan(recipe.data), recipe.data.virtual_shards
+
+    def window(w: int) -> list[list[MicroBatch]]:
+        made = [list(render_window(photos, plan, w, v, 0, plan.rows)) for v in range(shards)]
+        return [list(row) for row in zip(*made, strict=True)]
+
+    with ThreadPoolExecutor(1) as pool:
+        w, coming = 0, pool.submit(window, 0)
+        while True:
+            rows, w = coming.result(), w + 1
+            coming = pool.submit(window, w)
+            yield from rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("data")
+    parser.add_argument("--test", default="")
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--features", default="")
+    parser.add_argument("--features-px", type=int, default=64)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    recipe = recipes.load(given.recipe, given.set)
+    photos, cpu = open_mixture((given.data,), "train"), torch.device("cpu")
+    start, start_cpu = time.perf_counter(), time.process_time()
+    with progress("training", recipe.run.total_images, "images") as shown:
+        state = fit(recipe.task, recipe.run, build_state(recipe.task, recipe.run, cpu), steps(photos, recipe),
+                    global_batch=recipe.data.global_batch, shards=recipe.data.virtual_shards, device=cpu,
+                    hooks=Watched(shown))  # fmt: skip
+    result: dict[str, Any] = {
+        "recipe": " ".join((given.recipe, *given.set)),
+        "train_s": round(time.perf_counter() - start, 1),
+        "train_cpu_s": round(time.process_time() - start_cpu, 1),
+        "images": recipe.run.total_images,
+    }
+    for function, module in recipe.task.shipped(state.nets).items():
+        spec = recipe.task.specs[function]
+        suite = suite_for(spec, recipe.data, given.test or given.data, "test")
+        if given.features:
+            suite = replace(suite, features=FeatureNet(uri=given.features, side_px=given.features_px))
+        with tempfile.TemporaryDirectory() as scratch:
+            to_onnx(module, ModelCard(family=recipe.task.family, spec=spec, licence="-"), Path(scratch, "model"))
+            model = session_model(artifact.load(Path(scratch, "model")))
+            scores = {"classical": score_baseline(spec, suite), "model": score_model(model, suite, "model")}
+            print(f"\n{function or 'model'}:\n{compare(scores)}", flush=True)
+            figures = {
+                metric: {name: round(one.mean(metric), 4) for name, one in scores.items()}
+                for metric in scores["model"].metrics
+                if metric in scores["classical"].metrics
+            }
+            result[function or "model"] = {"against": scores["classical"].subject, **figures}
+            if spec.kind == "generate":
+                result["features"] = open_features(suite.features).name
+            given.out.mkdir(parents=True, exist_ok=True)
+            name = given.recipe.rpartition(".")[2].replace(":", "-") + (f"-{function}" if function else "")
+            Path(given.out, f"{name}.png").write_bytes(encode(show({"model": model}, suite), "png"))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
