@@ -19,7 +19,7 @@ from rayscale.task import Batch
 from rayscale.tasks.embed import Embed
 
 CPU = torch.device("cpu")
-TASK = Embed(side_px=16, features=8, levels=2, head=8)
+TASK = Embed(features=8, levels=2, head=8)
 
 
 def pictures(n: int = 6, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:
@@ -120,7 +120,6 @@ def test_what_ships_is_the_average_before_the_head() -> None:
     [
         ({"features": 12}, "multiple of 8"),
         ({"levels": 0}, "task.levels=0"),
-        ({"side_px": 8, "levels": 4}, r"task.side_px=8: must be at least 2\^levels=16"),
         ({"temperature": 0.0}, "task.temperature=0.0"),
         ({"crop_area": (0.5, 0.2)}, "two shares"),
         ({"jitter": 1.5}, "task.jitter=1.5"),
@@ -135,8 +134,3 @@ def test_wrong_settings_are_told(setting: dict[str, float], rule: str) -> None:
 def test_one_picture_cannot_be_told_from_others() -> None:
     with pytest.raises(ConfigError, match=r"data.micro_batch=1"):
         TASK.loss("embed", TASK.build(CPU), Batch({"hr": pictures(1)}, 0))
-
-
-def test_pictures_of_another_side_are_told() -> None:
-    with pytest.raises(ConfigError, match=r"task.side_px=16: pictures are \(8, 8\)"):
-        TASK.loss("embed", TASK.build(CPU), Batch({"hr": pictures(4, 8, 8)}, 0))

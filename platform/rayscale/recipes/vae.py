@@ -1,6 +1,9 @@
 """Recipes of the variational autoencoder: pictures from noise, codes of pictures, pictures from codes.
 
-python jobs/train.py --recipe rayscale.recipes.vae:flowers_demo --data s3://bucket/flowers
+Flowers in at most ten minutes on two cores, from photos packed as a dataset:
+
+    rayscale data pack flowers128 flowers
+    python jobs/train.py --recipe rayscale.recipes.vae:flowers_demo --data flowers
 """
 
 from __future__ import annotations
@@ -8,9 +11,12 @@ from __future__ import annotations
 from rayscale.data.augment import Mirror
 from rayscale.data.plan import DataSettings
 from rayscale.recipes import Recipe
+from rayscale.registry.gate import Gate
 from rayscale.task import Optimizer
 from rayscale.tasks.vae import Vae
 from rayscale.train.loop import RunSettings
+
+GATE = Gate(metric="neg_kid", min_gain_db_over_baseline=0.0, margin_vs_champion=1.0, max_image_loss_db=1000.0, also=())
 
 
 def tiny() -> Recipe:
@@ -24,23 +30,16 @@ def tiny() -> Recipe:
             optimizer=Optimizer(learning_rate=5e-3),
             ema_halflife_images=100.0,
         ),
-        data=DataSettings(
-            hr_crop_px=16,
-            fit_px=32,
-            tensors=("hr",),
-            degradation=(),
-            micro_batch=4,
-            virtual_shards=2,
-            window_images=8,
-            crops=2,
-        ),
+        data=_pictures(16, micro_batch=4, virtual_shards=2, window_images=8),
         run=RunSettings(
             total_images=1024,
             log_every_images=128,
             validate_every_images=512,
             checkpoint_every_images=256,
-            ship="last",
+            validate_on_images=16,
+            best_metric="neg_kid",
         ),
+        gate=GATE,
     )
 
 
@@ -54,14 +53,16 @@ def flowers_demo() -> Recipe:
             beta_warmup_images=20_000,
             optimizer=Optimizer(learning_rate=2e-3, warmup_images=1_000, decay="cosine"),
         ),
-        data=_pictures(32, micro_batch=32, virtual_shards=2),
+        data=_pictures(32, micro_batch=16, virtual_shards=2, window_images=256),
         run=RunSettings(
             total_images=128_000,
             log_every_images=2_000,
             validate_every_images=32_000,
             checkpoint_every_images=32_000,
-            ship="last",
+            validate_on_images=1_000,
+            best_metric="neg_kid",
         ),
+        gate=GATE,
     )
 
 
@@ -77,20 +78,22 @@ def px64() -> Recipe:
             optimizer=Optimizer(learning_rate=5e-4, warmup_images=32_000, decay="cosine"),
             ema_halflife_images=20_000.0,
         ),
-        data=_pictures(64, micro_batch=32, virtual_shards=8),
+        data=_pictures(64, micro_batch=32, virtual_shards=8, window_images=256),
         run=RunSettings(
             total_images=16_000_000,
             log_every_images=10_000,
             validate_every_images=400_000,
             checkpoint_every_images=200_000,
-            ship="last",
+            validate_on_images=2_000,
+            best_metric="neg_kid",
             precision="bf16",
             compile=True,
         ),
+        gate=GATE,
     )
 
 
-def _pictures(side_px: int, *, micro_batch: int, virtual_shards: int) -> DataSettings:
+def _pictures(side_px: int, *, micro_batch: int, virtual_shards: int, window_images: int) -> DataSettings:
     """Whole photos, shrunk until one side fits; mirrored, never turned: flowers stand upright."""
     return DataSettings(
         hr_crop_px=side_px,
@@ -101,6 +104,6 @@ def _pictures(side_px: int, *, micro_batch: int, virtual_shards: int) -> DataSet
         flips=False,
         micro_batch=micro_batch,
         virtual_shards=virtual_shards,
-        window_images=4 * micro_batch,
+        window_images=window_images,
         crops=1,
     )

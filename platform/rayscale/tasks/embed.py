@@ -89,9 +89,11 @@ class _Unit(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Hyperparameters of the family; it is its own config. `side_px` is that of training; others are taken as well."""
+    """Hyperparameters of the family; it is its own config.
 
-    side_px: int = 32
+    The side of training is `data.hr_crop_px`; the model takes any, and knows things best at the size they had there.
+    """
+
     features: int = 32
     levels: int = 4  # halvings; the vector has features * 2^(levels - 1) numbers
     blocks: int = 1  # residual blocks a level
@@ -112,9 +114,6 @@ class Embed:
         for name in ("levels", "blocks", "head"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"task.{name}", getattr(self, name), "must be at least 1", "raise it")
-        if self.side_px < 2**self.levels:
-            raise ConfigError("task.side_px", self.side_px, f"must be at least 2^levels={2**self.levels}",
-                              "lower task.levels")  # fmt: skip
         if not self.temperature > 0:
             raise ConfigError("task.temperature", self.temperature, "must be above 0", "try 0.2")
         low, high = self.crop_area
@@ -155,9 +154,6 @@ class Embed:
         if len(hr) < 2:
             raise ConfigError("data.micro_batch", len(hr), "a picture is told from others of its micro-batch",
                               "at least 2, better 128")  # fmt: skip
-        if hr.shape[-2:] != (self.side_px, self.side_px):
-            raise ConfigError("task.side_px", self.side_px, f"pictures are {tuple(hr.shape[-2:])}",
-                              "set data.hr_crop_px and task.side_px alike")  # fmt: skip
         views = torch.cat([self.view(hr), self.view(hr)])
         a, b = nets["net"](views).float().chunk(2)
         unit_a, unit_b = functional.normalize(a, dim=1), functional.normalize(b, dim=1)
