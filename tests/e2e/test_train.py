@@ -179,7 +179,9 @@ def test_a_rebase_to_weights_that_do_not_fit_changes_nothing(
 
 
 def test_best_by_an_unknown_metric_is_refused(dataset: str, storage: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.best_metric=psnr: no such metric of this model; did you mean 'psnr_[a-z]+'"):
+    with pytest.raises(
+        ConfigError, match=r"run\.best_metric=psnr: no such metric of this model; did you mean 'psnr_[a-z]+'"
+    ):
         run(dataset, storage, 1, "metric", "run.best_metric=psnr")
 
 
