@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rayscale.data import pairs, presets
@@ -163,16 +162,17 @@ def test_a_broken_order_never_trains(photos: Mixture, plan: Plan, monkeypatch: p
         consume(photos, plan, 0, 2, None)
 
 
-def data_workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "MapBatches(Render)" in " ".join(p.cmdline())]
-
-
-def test_killed_map_tasks_are_repeated(photos: Mixture, plan: Plan, planned: dict[tuple[int, int], bytes]) -> None:
+def test_killed_map_tasks_are_repeated(
+    photos: Mixture, plan: Plan, planned: dict[tuple[int, int], bytes], tmp_path: Path
+) -> None:
     """SIGKILL for whichever process renders a block, several times over the run."""
 
     class Slow(Mixture):  # local, so that it travels to the workers by value
         def read_each(self, images: Any) -> Any:
+            mine = tmp_path / str(os.getpid())
+            mine.touch()
             time.sleep(0.1)  # something to be killed in
+            mine.unlink()
             return Mixture.read_each(self, images)
 
     killed: list[int] = []
@@ -180,9 +180,9 @@ def test_killed_map_tasks_are_repeated(photos: Mixture, plan: Plan, planned: dic
 
     def kill() -> None:
         rng = random.Random(3)
-        while len(killed) < 4 and not done.wait(rng.uniform(0.1, 0.4)):
-            if workers := data_workers():
-                killed.append(rng.choice(workers).pid)
+        while len(killed) < 4 and not done.wait(rng.uniform(0.05, 0.2)):
+            if rendering := sorted(path for path in tmp_path.iterdir() if int(path.name) not in killed):
+                killed.append(int(rng.choice(rendering).name))
                 os.kill(killed[-1], signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
