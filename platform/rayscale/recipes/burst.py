@@ -85,10 +85,10 @@ def _demo(frames: int) -> Recipe:
             crops=16,
         ),
         run=RunSettings(
-            total_images=24_000,
+            total_images=12_000,
             log_every_images=1_000,
-            validate_every_images=6_000,
-            checkpoint_every_images=6_000,
+            validate_every_images=4_000,
+            checkpoint_every_images=4_000,
             validate_max_side_px=256,
         ),
     )

@@ -11,11 +11,6 @@ from rayscale.data.presets import Degradation, deblock
 from rayscale.recipes import Recipe, denoise
 
 
-def tiny() -> Recipe:
-    """Seconds on one core: what the contract tests train."""
-    return _of(denoise.tiny(), deblock((10, 10)))
-
-
 def quality20_demo() -> Recipe:
     """JPEG of quality 20 in at most ten minutes on one core."""
     return _of(denoise.sigma25_demo(), deblock((20, 20)))

@@ -22,7 +22,7 @@ def tiny() -> Recipe:
             features=8,
             depth=3,
             masked=True,
-            fill_levels=3,
+            fill_levels=1,  # leaves much to learn
             optimizer=Optimizer(learning_rate=4e-3),
             ema_halflife_images=100.0,
         ),

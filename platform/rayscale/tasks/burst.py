@@ -9,6 +9,7 @@ kernel. No pooling over the picture: tiles are exact.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +28,7 @@ STEPS = 2  # of Lucas and Kanade
 SHARPNESS = 12.0  # of the choice among whole-pixel shifts
 LEAST_DETAIL = 1e-5  # squared gradient, of levels in [0, 1]: below, there is nothing to register
 SUPPORT = 1.125  # low-resolution pixels to where the merging kernel ends
+GAIN = 8.0  # brings detail, of levels in [0, 1], to about 1
 GHOST_LEVEL = 0.06  # a frame that still differs by so much counts half
 
 
@@ -111,6 +113,15 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
+def detail(merged: Tensor, first: Tensor, scale: int) -> Tensor:
+    """What both have that their surroundings in the first frame have not: f32[n, 3 * scale^2 + 3, h, w].
+
+    All that is to be learnt is in here; without what it lies on, learning is several times as fast.
+    """
+    around = _mean(functional.pad(first, (2, 2, 2, 2), mode="replicate"), 2)[:, :, 2:-2, 2:-2]
+    return torch.cat([merged - around.repeat_interleave(scale**2, 1), first - around], 1)
+
+
 def _mean(x: Tensor, radius_px: int) -> Tensor:
     """Over squares of 2 * radius_px + 1, zero outside."""
     side = 2 * radius_px + 1
@@ -126,20 +137,23 @@ class BurstNet(nn.Module):
         super().__init__()
         self.config = config
         features, cell = config.features, config.scale**2
-        layers: list[nn.Module] = [nn.Conv2d(3 + 4 * cell, features, 3, padding=1), nn.PReLU(features)]
-        for _ in range(config.blocks):
-            layers += [nn.Conv2d(features, features, 3, padding=1), nn.PReLU(features)]
-        last = nn.Conv2d(features, 3 * cell, 3, padding=1)
-        nn.init.zeros_(last.weight)  # starts as the merged frames
-        assert last.bias is not None
-        nn.init.zeros_(last.bias)
-        self.body = nn.Sequential(*layers, last)
+        widths = [3 + 4 * cell, *[features] * (config.blocks + 1), 3 * cell]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            convolution = nn.Conv2d(before, after, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            assert convolution.bias is not None
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.PReLU(after)]
+        layers.pop()
+        nn.init.zeros_(convolution.weight)  # starts as the merged frames
+        self.body = nn.Sequential(*layers)
 
     def forward(self, frames: Tensor) -> Tensor:
         with torch.autocast(frames.device.type, enabled=False):
             merged, weight = self.merge(frames.float())
-        first = frames[:, 0]
-        correction: Tensor = self.body(torch.cat([first, merged, weight], 1))
+            given = torch.cat([GAIN * detail(merged, frames[:, 0].float(), self.config.scale), weight], 1)
+        correction: Tensor = self.body(given) / GAIN
         return functional.pixel_shuffle(merged + correction, self.config.scale)
 
     def merge(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +236,7 @@ class Burst:
         """Exact receptive radius, low resolution."""
         body = self.blocks + 2
         if self.frames == 1:
-            return body + 1
+            return body + 2  # the surroundings of detail
         start = self.window_px + 1 + max(self.reach_px, 1)  # windows of shifted, smoothed luma and of its gradients
         return body + start + STEPS * self.window_px
 
