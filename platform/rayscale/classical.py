@@ -153,12 +153,12 @@ def wiener(
     return _u8(found[pad:-pad, pad:-pad])
 
 
-def telea(picture: U8, mask: U8, *, radius_px: float = 3.0) -> U8:
+def telea(picture: U8, mask: U8, *, radius_px: float = 8.0) -> U8:
     """Inpainting from the border inward (Telea, JGT 2004)."""
     return _u8(cv2.inpaint(picture, _missing(mask), radius_px, cv2.INPAINT_TELEA))
 
 
-def navier_stokes(picture: U8, mask: U8, *, radius_px: float = 3.0) -> U8:
+def navier_stokes(picture: U8, mask: U8, *, radius_px: float = 8.0) -> U8:
     """Inpainting by fluid dynamics (Bertalmio et al., CVPR 2001)."""
     return _u8(cv2.inpaint(picture, _missing(mask), radius_px, cv2.INPAINT_NS))
 
@@ -245,7 +245,7 @@ _UNCHANGED = Method("unchanged", unchanged)
 _SMOOTHERS = (
     Method("mean", mean, {"size_px": (3, 5)}),
     Method("median", median, {"size_px": (3, 5)}),
-    Method("gaussian", gaussian, {"sigma_px": (0.5, 0.7, 1.0, 1.4, 2.0)}),
+    Method("gaussian", gaussian, {"sigma_px": (0.7, 0.5, 1.0, 1.4, 2.0)}),
 )
 _SAME_SIZE: dict[str, tuple[Method, ...]] = {
     "denoise": (
@@ -257,12 +257,12 @@ _SAME_SIZE: dict[str, tuple[Method, ...]] = {
     "deblock": (
         _UNCHANGED,
         *_SMOOTHERS,
-        Method("bilateral", bilateral, {"sigma_px": (1.0, 2.0), "sigma_level": (10.0, 20.0, 30.0)}),
+        Method("bilateral", bilateral, {"sigma_px": (2.0, 1.0), "sigma_level": (30.0, 20.0, 40.0)}),
         Method("nonlocal_means", nonlocal_means, {"level": (3.0, 2.0, 5.0, 7.0)}),
     ),
     "deblur": (
         _UNCHANGED,
-        Method("unsharp", unsharp, {"sigma_px": (1.0, 2.0, 3.0), "amount": (0.5, 1.0, 2.0)}),
+        Method("unsharp", unsharp, {"sigma_px": (2.0, 1.0, 3.0), "amount": (0.5, 0.25, 1.0)}),
         Method("wiener_gaussian", wiener, {"radius_px": (1.0, 1.5, 2.0, 3.0), "noise": (0.1, 0.03, 0.3)}),
         Method(
             "wiener_disc",
@@ -271,8 +271,8 @@ _SAME_SIZE: dict[str, tuple[Method, ...]] = {
         ),
     ),
     "inpaint": (
-        Method("telea", telea, {"radius_px": (3.0, 1.0, 8.0)}),
-        Method("navier_stokes", navier_stokes, {"radius_px": (3.0, 1.0, 8.0)}),
+        Method("telea", telea, {"radius_px": (8.0, 3.0, 1.0)}),
+        Method("navier_stokes", navier_stokes, {"radius_px": (8.0, 3.0, 1.0)}),
     ),
 }
 _BURST = (
