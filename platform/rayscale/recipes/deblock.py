@@ -26,5 +26,10 @@ def blind() -> Recipe:
     return _of(denoise.blind(), deblock())
 
 
+def unet_blind() -> Recipe:
+    """The same by an encoder-decoder, which sees further than a block."""
+    return _of(denoise.unet_blind(), deblock())
+
+
 def _of(base: Recipe, degradation: Degradation) -> Recipe:
     return replace(base, data=replace(base.data, degradation=degradation))

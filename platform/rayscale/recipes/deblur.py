@@ -46,3 +46,9 @@ def any_blur() -> Recipe:
         ),
         data=replace(base.data, hr_crop_px=128, degradation=deblur()),
     )
+
+
+def unet_any_blur() -> Recipe:
+    """The same by an encoder-decoder, which sees further than the longest motion."""
+    base = denoise.unet_blind()
+    return replace(base, data=replace(base.data, degradation=deblur()))

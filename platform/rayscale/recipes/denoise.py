@@ -5,11 +5,14 @@ python jobs/train.py --recipe rayscale.recipes.denoise:sigma25_demo --data s3://
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rayscale.data.plan import DataSettings
 from rayscale.data.presets import Degradation, denoise
 from rayscale.recipes import Recipe
 from rayscale.task import Optimizer
 from rayscale.tasks.restore import Restore
+from rayscale.tasks.unet import Unet
 from rayscale.train.loop import RunSettings
 
 
@@ -60,6 +63,20 @@ def sigma25() -> Recipe:
 def blind() -> Recipe:
     """Noise of any level up to 55: one model for all of them."""
     return _production(denoise(), depth=20)
+
+
+def unet_blind() -> Recipe:
+    """The same by an encoder-decoder (DRUNet's shape), which sees further."""
+    base = blind()
+    task = Unet(
+        scale=1,
+        features=32,
+        blocks=2,
+        levels=3,
+        optimizer=Optimizer(learning_rate=2e-4, warmup_images=32_000, decay="cosine"),
+        ema_halflife_images=20_000.0,
+    )
+    return replace(base, task=task, data=replace(base.data, hr_crop_px=128, micro_batch=8))
 
 
 def _production(degradation: Degradation, depth: int) -> Recipe:

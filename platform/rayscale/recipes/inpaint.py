@@ -11,6 +11,7 @@ from rayscale.data.presets import inpaint
 from rayscale.recipes import Recipe, denoise
 from rayscale.task import Optimizer
 from rayscale.tasks.restore import Restore
+from rayscale.tasks.unet import Unet
 
 
 def tiny() -> Recipe:
@@ -65,3 +66,18 @@ def holes() -> Recipe:
         ),
         data=replace(base.data, hr_crop_px=128, degradation=inpaint(), micro_batch=8),
     )
+
+
+def unet_holes() -> Recipe:
+    """The same by an encoder-decoder, which sees across the hole."""
+    base = denoise.unet_blind()
+    task = Unet(
+        scale=1,
+        features=32,
+        blocks=2,
+        levels=4,
+        needs_mask=True,
+        optimizer=Optimizer(learning_rate=2e-4, warmup_images=32_000, decay="cosine"),
+        ema_halflife_images=20_000.0,
+    )
+    return replace(base, task=task, data=replace(base.data, degradation=inpaint()))
