@@ -200,3 +200,10 @@ def test_a_position_costs_no_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 300_000
+
+
+def test_every_seed_is_a_stream_of_its_own() -> None:
+    """Also beyond 2^63, where numpy takes a list of integers for floats."""
+    seeds = [0, 1, -1, -2, 2**62, 2**63, 2**63 + 1, 2**64 - 3]
+    draws = {int(sample_generator(seed, 0, 0, 0).integers(2**62)) for seed in seeds}
+    assert len(draws) == len(seeds)

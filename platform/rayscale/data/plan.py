@@ -220,7 +220,8 @@ def sample_generator(seed: int, epoch: int, image: int, crop: int) -> np.random.
 
 def philox(seed: int, domain: int, a: int, b: int, c: int) -> np.random.Generator:
     """A counter-based generator of its own for every (seed, domain, a, b, c); 2^64 draws each."""
-    return np.random.Generator(np.random.Philox(counter=[0, a, b, c], key=[seed & (2**64 - 1), domain]))
+    counter, key = np.array([0, a, b, c], np.uint64), np.array([seed & (2**64 - 1), domain], np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))  # lists would lose digits beyond 2^53
 
 
 def permute(positions: I64, n: int, key: int) -> I64:
