@@ -19,7 +19,7 @@ from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
 from rayscale.data.mixture import open_mixture
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, nearest
-from rayscale.evaluate import Suite, compare, metrics_of, score_baseline, suite_for
+from rayscale.evaluate import METRICS, Suite, compare, score_baseline, suite_for
 from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.registry.gate import Gate
@@ -145,7 +145,7 @@ def _register(
     figures = means(one.scores["model"]) | means(one.scores["baseline"], "baseline_")
     tags = {
         "images_seen": str(checkpoint.images_seen),
-        "gate": dumps(_gate(recipe.gate, one.card.spec)),
+        "gate": dumps(_gate(recipe.gate, one.scores["model"])),
         # With these `promote` scores candidate and champion anew, on one suite.
         "suite": dumps(one.suite),
         "suite_digest": one.suite.digest,
@@ -156,12 +156,11 @@ def _register(
     return _result(version, one, figures)
 
 
-def _gate(gate: Gate, spec: Spec) -> Gate:
-    """The recipe's; for a function of another kind, one on that kind's metric, which any gain passes."""
-    known = metrics_of(spec.kind)
-    if gate.metric in known:
+def _gate(gate: Gate, scores: Scores) -> Gate:
+    """The recipe's; for a function that is scored otherwise, one on its own first metric, which any gain passes."""
+    if gate.metric in scores.metrics:
         return gate
-    return replace(gate, metric=known[0], also=(), min_gain_db_over_baseline=0.0)
+    return replace(gate, metric=next(m for m in METRICS if m in scores.metrics), also=(), min_gain_db_over_baseline=0.0)
 
 
 def _result(version: Version, one: Prepared, figures: Mapping[str, float]) -> dict[str, Any]:
