@@ -71,9 +71,8 @@ def lay(frames: Tensor, shift: Tensor, scale: int, reach_px: int, sigma_px: floa
     frames f32[n, 3, h, w], shift [n, 2, h, w] as `align` gives it, sigma_px in low resolution.
     Returns f32[n, 4, scale^2, h, w]: the weighted colours and their weight, for each pixel of a cell, row by row.
     """
-    wide = functional.pad(
-        torch.cat([frames, torch.ones_like(frames[:, :1])], 1), (reach_px + 1,) * 4
-    )  # nothing lies outside
+    counted = torch.cat([frames, torch.ones_like(frames[:, :1])], 1)
+    wide = functional.pad(counted, (reach_px + 1,) * 4)  # nothing lies outside
     whole = shift.round()
     near = _near(wide, whole, reach_px + 1, (-1, 0, 1))  # [n, 4, dy, dx, h, w]
     places = (torch.arange(scale, device=shift.device) + 0.5) / scale - 0.5
