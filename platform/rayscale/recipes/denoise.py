@@ -48,8 +48,8 @@ def sigma25_demo() -> Recipe:
         run=RunSettings(
             total_images=60_000,
             log_every_images=1_000,
-            validate_every_images=12_000,
-            checkpoint_every_images=12_000,
+            validate_every_images=10_000,
+            checkpoint_every_images=10_000,
             validate_max_side_px=256,
         ),
     )

@@ -46,7 +46,7 @@ def demo() -> Recipe:
             ema_halflife_images=1_000.0,
         ),
         data=replace(base.data, hr_crop_px=96, degradation=inpaint(), micro_batch=4),
-        run=replace(base.run, total_images=16_000),
+        run=replace(base.run, total_images=10_000),
     )
 
 
