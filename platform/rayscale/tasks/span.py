@@ -1,6 +1,6 @@
 """Swift parameter-free attention: plain 3x3 convolutions whose own output, squashed, weighs what they found.
 
-SPAN (Wan et al., arXiv:2311.12770), with a skip around each block so that deep ones train from the start. A
+SPAN (Wan et al., arXiv:2311.12770), with a weight that passes things on by default, so that deep nets train. A
 convolution is trained as the sum of two branches, 1x1-3x3-1x1 through more channels and 1x1 (ECBSR, Zhang et al., ACM
 MM 2021), and always computes with the one 3x3 kernel that they are equal to: what ships is what was trained.
 """
@@ -57,7 +57,10 @@ class BranchedConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Three convolutions; the attention is odd in what the last one found, so that absence weighs as presence does."""
+    """Three convolutions on top of what came in; the last one's output weighs the sum, by 1 where it found nothing.
+
+    The paper's weight is 0 there, and a signal that passes eight such blocks is gone.
+    """
 
     def __init__(self, features: int, gain: int) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class Block(nn.Module):
         first, second, third = self.convolutions
         inner: Tensor = first(x)
         found: Tensor = third(silu(second(silu(inner))))
-        return x + (found + x) * (torch.sigmoid(found) - 0.5), inner
+        return (found + x) * (2 * torch.sigmoid(found)), inner
 
 
 class SpanNet(nn.Module):
