@@ -47,17 +47,28 @@ def tiny() -> Recipe:
 
 
 def flowers_demo() -> Recipe:
-    """32 px in ten minutes on two cores, from a few thousand photos."""
+    """32 px in a minute of one core, from a few thousand photos.
+
+    `fit` alone, flowers128, every tenth photo held out: precision among the 10 nearest 0.41 (chance 0.21, pixels
+    0.28, colour histograms 0.38). The best of nine settings tried on those photos, whose others lie between 0.27 and
+    0.38, so that it is no better than a histogram, and not by the 10 points one would want. Views of 4,000 small
+    photos teach what tells photos apart, light and background too; longer training and 64 px did not help.
+    """
     return Recipe(
         task=Embed(
+            features=24,
+            levels=3,
+            crop_area=(0.3, 1.0),
+            jitter=0.25,
+            gray_chance=0.05,
             optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-4, warmup_images=4_000, decay="cosine"),
         ),
-        data=_pictures(32, micro_batch=128, virtual_shards=2, window_images=256),
+        data=_pictures(32, micro_batch=64, virtual_shards=1, window_images=256),
         run=RunSettings(
-            total_images=128_000,
+            total_images=20_000,
             log_every_images=2_000,
-            validate_every_images=32_000,
-            checkpoint_every_images=32_000,
+            validate_every_images=10_000,
+            checkpoint_every_images=10_000,
             validate_on_images=500,
             best_metric=LABELLED,
         ),
