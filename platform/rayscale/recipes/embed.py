@@ -50,7 +50,7 @@ def flowers_demo() -> Recipe:
     """32 px in a minute of one core, from a few thousand photos.
 
     `fit` alone, flowers128, every tenth photo held out: precision among the 10 nearest 0.41 (chance 0.21, pixels
-    0.28, colour histograms 0.38). The best of nine settings tried on those photos, whose others lie between 0.27 and
+    0.28, colour histograms 0.38). The best of ten settings tried on those photos, whose others lie between 0.27 and
     0.38, so that it is no better than a histogram, and not by the 10 points one would want. Views of 4,000 small
     photos teach what tells photos apart, light and background too; longer training and 64 px did not help.
     """
