@@ -59,7 +59,7 @@ def metrics_of(kind: Kind) -> tuple[str, ...]:
 
 def suite_for(spec: Spec, data: DataSettings, photos_uri: str, split: str, **limits: Any) -> Suite:
     """Held-out pictures for what was trained on `data`: small whole pictures as it saw them, photos otherwise."""
-    whole = spec.kind in ("generate", "embed") or any(isinstance(axis, int) for axis in spec.inputs[0].shape[2:])
+    whole = spec.kind in ("generate", "embed") or any(isinstance(axis, int) for axis in spec.inputs[0].shape[-2:])
     if whole:
         limits = {"max_images": limits.get("max_images", 0), "side_px": data.hr_crop_px} | (
             {"num_samples": limits["num_samples"]} if "num_samples" in limits else {}

@@ -76,7 +76,8 @@ def check(job: Job) -> None:
     if scale != job.data.scale:
         raise ConfigError("data.degradation", f"scale {job.data.scale}", f"the model's scale is {scale}", "align them")
     for spec in job.task.specs.values():
-        sides = {axis for t in (*spec.inputs, *spec.outputs) for axis in t.shape[2:] if isinstance(axis, int)}
+        pictures = [tensor for tensor in (*spec.inputs, *spec.outputs) if len(tensor.shape) >= 4]
+        sides = {axis for tensor in pictures for axis in tensor.shape[-2:] if isinstance(axis, int)}
         if wrong := sides - {job.data.hr_crop_px, job.data.hr_crop_px // scale}:
             rule = f"the model's pictures have {min(wrong)} px"
             raise ConfigError("data.hr_crop_px", job.data.hr_crop_px, rule, "align them")
