@@ -101,6 +101,14 @@ class Maps:
         return self.function(stacked[0])
 
 
+def name_of(net: FeatureNet) -> str:
+    """What tells two nets apart: content and resize, not place. Raises: MissingError."""
+    if net.uri in BUILTINS:
+        return " ".join((net.uri, _resize_name(net)))
+    file, data = _read(net)
+    return " ".join((f"{file}@{hashlib.sha256(data).hexdigest()[:12]}", net.output, _resize_name(net)))
+
+
 def open_features(net: FeatureNet, *, device: Device = "cpu", threads: int = 0) -> Features:
     """The net that `net` names.
 
@@ -108,8 +116,7 @@ def open_features(net: FeatureNet, *, device: Device = "cpu", threads: int = 0) 
     outputs; ResourceError for a device that does not start.
     """
     if net.uri in BUILTINS:
-        name = " ".join((net.uri, _resize_name(net)))
-        return Features(name, BUILTINS[net.uri], net.side_px, net.filter)
+        return Features(name_of(net), BUILTINS[net.uri], net.side_px, net.filter)
     opened = _open(net, rank=2, device=device, threads=threads)
     output = opened.outputs[0]
     function = _by_file(opened)
@@ -145,8 +152,7 @@ def _open(net: FeatureNet, *, rank: int, device: Device, threads: int) -> _Opene
 
     from rayscale.artifact import open_model
 
-    folder, slash, file = net.uri.rpartition("/")
-    data = open_store(folder or slash or ".").read(file)
+    file, data = _read(net)
     try:
         model = onnx.load_from_string(data)
     except Exception as error:  # protobuf's classes share no base of their own
@@ -180,6 +186,11 @@ def _open(net: FeatureNet, *, rank: int, device: Device, threads: int) -> _Opene
     session = open_model(model.SerializeToString(), card, device=device, threads=threads)
     name = f"{file}@{hashlib.sha256(data).hexdigest()[:12]} {'+'.join(kept)} {_resize_name(net)}"
     return _Opened(session, name, kept, high, shape[0])
+
+
+def _read(net: FeatureNet) -> tuple[str, bytes]:
+    folder, slash, file = net.uri.rpartition("/")
+    return file, open_store(folder or slash or ".").read(file)
 
 
 def _check_input(net: FeatureNet, shape: Sequence[int]) -> None:

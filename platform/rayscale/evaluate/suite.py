@@ -17,7 +17,7 @@ from rayscale.data.draws import Chain
 from rayscale.data.operators import Operator
 from rayscale.data.shards import Photos, open_split
 from rayscale.errors import ConfigError, MissingError
-from rayscale.features import FeatureNet, open_features
+from rayscale.features import FeatureNet, name_of
 from rayscale.imaging import U8, decode_rgb
 
 _READ_AT_ONCE = 8  # photos in memory; range reads of neighbours are coalesced
@@ -79,7 +79,7 @@ class Suite:
         """What makes two suites the same: content, not place."""
         photos = open_split(self.photos_uri, self.split)
         rest = {name: value for name, value in contract.to_json(self).items() if name != "photos_uri"}
-        rest["features"] = open_features(self.features).name  # with the digest of a file
+        rest["features"] = name_of(self.features)
         return contract.digest({"photos": photos.digest, **rest})
 
 
