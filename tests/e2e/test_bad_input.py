@@ -351,6 +351,7 @@ def test_a_broken_training_goes_on(
     assert [m.step for m in history] == list(range(128, 1025, 128)), "every step once"
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_what_cannot_be_published_and_promoted(line: Line, trained: Trained, tmp_path: Path) -> None:
     nowhere, bare, run = str(tmp_path / "nowhere"), tmp_path / "bare", str(line.run)

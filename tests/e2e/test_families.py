@@ -26,7 +26,8 @@ KINDS = {  # recipe -> what it publishes, with the metric that decides on each
 }
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=() if r == "vae:tiny" else pytest.mark.long) for r in KINDS])
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", KINDS)
 def test_from_photos_to_a_decision(recipe: str, dataset: str, tmp_path: Path) -> None:
     name, expected = recipe.partition(":")[0], KINDS[recipe]
     run: dict[str, Any] = train(

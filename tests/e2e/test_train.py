@@ -71,7 +71,7 @@ def test_two_workers_consume_the_planned_sequence(undisturbed: dict[str, Any], c
     assert found == {i: chains[i] for i in range(EVERY, TOTAL + 1, EVERY)}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_other_numbers_of_workers_consume_the_same_one(
     dataset: str, storage: Path, undisturbed: dict[str, Any], workers: int
 ) -> None:
@@ -205,6 +205,7 @@ def test_best_needs_something_to_be_scored_on(photo_folder: Path, tmp_path: Path
         train(recipe=RECIPE, data=[str(tmp_path / "out")], storage=str(tmp_path / "runs"))
 
 
+@pytest.mark.long
 def test_damaged_photos_are_replaced_within_a_budget_and_stop_the_run_beyond_it(
     dataset: str, storage: Path, tmp_path: Path
 ) -> None:

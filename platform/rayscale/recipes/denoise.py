@@ -24,10 +24,10 @@ def tiny() -> Recipe:
             hr_crop_px=32, degradation=denoise(25.0), micro_batch=2, virtual_shards=4, window_images=4, crops=2
         ),
         run=RunSettings(
-            total_images=1024,
+            total_images=512,
             log_every_images=128,
-            validate_every_images=512,
-            checkpoint_every_images=256,
+            validate_every_images=256,
+            checkpoint_every_images=128,
             validate_max_side_px=96,
         ),
     )

@@ -19,10 +19,10 @@ def tiny() -> Recipe:
         task=Edsr(scale=2, features=12, blocks=1, optimizer=Optimizer(learning_rate=5e-3)),
         data=DataSettings(hr_crop_px=32, micro_batch=2, virtual_shards=4, window_images=4, crops=2),
         run=RunSettings(
-            total_images=1024,
+            total_images=512,
             log_every_images=128,
-            validate_every_images=512,
-            checkpoint_every_images=256,
+            validate_every_images=256,
+            checkpoint_every_images=128,
             validate_max_side_px=96,
         ),
     )

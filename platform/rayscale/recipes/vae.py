@@ -32,10 +32,10 @@ def tiny() -> Recipe:
         ),
         data=_pictures(16, micro_batch=4, virtual_shards=2, window_images=8),
         run=RunSettings(
-            total_images=1024,
+            total_images=512,
             log_every_images=128,
-            validate_every_images=512,
-            checkpoint_every_images=256,
+            validate_every_images=256,
+            checkpoint_every_images=128,
             validate_on_images=16,
             best_metric="neg_kid",
         ),
