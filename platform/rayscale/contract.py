@@ -50,7 +50,8 @@ class Spec:
     scale: int = 1  # output side / input side, pixels
     align: int = 1  # input sides are multiples of this, pixels
     halo_px: int | None = None  # input pixels of context around a tile: the exact receptive radius
-    halo_why_none: str = ""  # why no exact tiling exists, where halo_px is None
+    halo_error: float = 0.0  # where that is too large: tiles with this halo are within so much of the whole picture
+    halo_why_none: str = ""  # why there is no tiling, where halo_px is None
 
     def __post_init__(self) -> None:
         if self.kind in ("transform", "burst") and self.halo_px is None and not self.halo_why_none:

@@ -7,8 +7,9 @@ any pixel is allocated. A picture is u8[h, w, 3], RGB; a tensor is f32[n, 3, h, 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -393,6 +394,21 @@ def run_tiled(
         place(out, result, tile, scale)
     assert out is not None  # a plan has at least one tile
     return out[:, :, : height * scale, : width * scale]
+
+
+def as_one(run: Callable[[Mapping[str, F32]], F32], leads: Mapping[str, tuple[int, ...]]) -> Callable[[F32], F32]:
+    """A function of several inputs as one of all their channels, so that a tile cuts them alike: for `run_tiled`.
+
+    leads: by name the axes between batch and sides, (3,) of a picture, (T, 3) of a burst; in the order of the channels.
+    """
+    ends = np.cumsum([math.prod(lead) for lead in leads.values()])[:-1]
+
+    def of_all(nchw: F32) -> F32:
+        parts = zip(leads.items(), np.split(nchw, ends, axis=1), strict=True)
+        shape = nchw.shape
+        return run({n: np.ascontiguousarray(p.reshape(shape[0], *lead, *shape[2:])) for (n, lead), p in parts})
+
+    return of_all
 
 
 _BACKGROUND, _TEXT = (24, 26, 30), (228, 230, 235)

@@ -191,7 +191,7 @@ class Tracker:
         self._dropped = 0
         self._flushed = time.monotonic()
         self._failures, self._retry_at = 0, 0.0
-        self._monitor: Any = None
+        self._monitors: list[Any] = []
 
     @classmethod
     def start(
@@ -202,7 +202,6 @@ class Tracker:
         run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
         uri: str | None = None,
-        system_metrics: bool = False,
     ) -> Tracker:
         """A new run, or `run_id` again: what it holds already is not logged twice.
 
@@ -224,16 +223,7 @@ class Tracker:
                     client.log_batch(run_id, tags=[RunTag(k, v) for k, v in texts.items()])
         # The newest value of every metric carries its step: one question instead of a history each.
         logged = {str(m.key): int(m.step) for m in run.to_proto().data.metrics}
-        tracker = cls(client, run_id, logged, frozenset(run.data.params))
-        if system_metrics:
-            tracker._watch_system()
-        return tracker
-
-    def _watch_system(self) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
-        self._monitor.start()
+        return cls(client, run_id, logged, frozenset(run.data.params))
 
     def params(self, mapping: Any) -> None:
         """Log parameters, flattened to dotted names, long values cut. A resumed run keeps those it has."""
@@ -255,6 +245,21 @@ class Tracker:
                 self._metrics.append(Metric(name, float(value), now_ms, step))
         if len(self._metrics) >= BATCH or time.monotonic() - self._flushed >= FLUSH_INTERVAL_S:
             self.flush()
+
+    def system(self, step: int) -> None:
+        """Buffer what this node is busy with: CPU (since the last call), memory, disk, network, NVIDIA GPUs.
+
+        Under the names by which MLflow shows them. Its own monitor is a thread that ends when a server is away for
+        a moment, and that counts in samples of its own.
+        """
+        if not self._monitors:
+            self._monitors = _monitors()
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        self.metrics({f"system/{name}": value for name, value in found.items()}, step)
 
     def picture(self, hwc_u8: imaging.U8, path: str) -> None:
         """A PNG artifact, e.g. at "samples/000.png"."""
@@ -326,8 +331,6 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Send the rest and close the run (FINISHED, FAILED, KILLED). A server that is away raises nothing."""
-        if self._monitor is not None:
-            self._monitor.finish()
         deadline = time.monotonic() + (FINISH_PATIENCE_S if status == "FINISHED" else 0.0)
         while True:
             self._retry_at = 0.0
@@ -344,6 +347,18 @@ class Tracker:
                 self.client.set_terminated(self.run_id, status=status)
         except RayscaleError as error:
             log.error("run %s stays open in tracking: %s", self.run_id, error)
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    found = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with contextlib.suppress(Exception):  # no NVIDIA driver here, or none that answers
+        found.append(GPUMonitor())
+    return found
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -60,6 +60,11 @@ class Upscaler(ABC):
         """Exact receptive radius, input pixels; None with `halo_why_none`."""
 
     @property
+    def halo_error(self) -> float:
+        """How far tiles with a halo that is not exact may be from the whole picture; export tries it."""
+        return 0.0
+
+    @property
     def halo_why_none(self) -> str:
         return ""
 
@@ -84,6 +89,7 @@ class Upscaler(ABC):
                 scale=self.scale,
                 align=self.align,
                 halo_px=self.halo_px,
+                halo_error=self.halo_error,
                 halo_why_none=self.halo_why_none,
             )
         }

@@ -78,6 +78,17 @@ def test_a_run_holds_what_was_logged(mlflow_home: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "folder", "home"]  # MLflow's ./mlruns is not among them
 
 
+def test_a_run_shows_what_its_node_is_busy_with(mlflow_home: Path) -> None:
+    tracker = Tracker.start("busy", "run")
+    tracker.system(100)
+    tracker.system(200)
+    tracker.finish()
+    for name in ("cpu_utilization_percentage", "system_memory_usage_percentage", "network_receive_megabytes"):
+        found = history(tracker.client, tracker.run_id, f"system/{name}")
+        assert [step for step, _ in found] == [100, 200]
+        assert all(value >= 0 for _, value in found)
+
+
 def test_a_resumed_run_logs_no_step_twice_and_loses_none(mlflow_home: Path) -> None:
     first = Tracker.start("e", "r")
     first.params({"seed": 1})

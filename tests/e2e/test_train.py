@@ -136,7 +136,19 @@ def test_metrics_of_a_replayed_step_are_logged_once(killed: dict[str, Any]) -> N
     assert mlflow_run.data.params["task.features"] == "24"
     assert mlflow_run.inputs.dataset_inputs
     files = {f.path for f in client.list_artifacts(killed["mlflow_run_id"])}
-    assert {"recipe.json", "samples"} <= files
+    assert {"recipe.json", "samples", "data_sheet.png"} <= files
+    known = {"validation/psnr_y", "progress/images_per_s", "progress/eta_s", "learning_rate/g", "grad_norm/g"}
+    assert known | {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= set(
+        mlflow_run.data.metrics
+    )
+    assert mlflow_run.data.metrics["progress/eta_s"] == 0.0
+
+
+def test_a_task_that_cannot_take_its_batch_is_refused_before_anything_starts(dataset: str, storage: Path) -> None:
+    """Two steps down and up again: 48 px are no multiple of 32."""
+    wrong = ["data.hr_crop_px=48", "task.levels=5"]
+    with pytest.raises(ConfigError, match=r"task=.*turn 'g' must take lr \(2, 3, \d+, \d+\), hr"):
+        train(recipe="rayscale.recipes.unet:tiny", data=[dataset], settings=wrong, name="wrong", storage=str(storage))
 
 
 def test_a_finished_run_says_so_and_an_edited_one_is_refused(

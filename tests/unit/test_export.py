@@ -143,6 +143,26 @@ def test_a_halo_one_pixel_short_is_refused(module: nn.Module, card: ModelCard, t
     assert f"spec.halo_px={BLOCKS + 1}" in refused(module, short, tmp_path)
 
 
+def test_a_halo_that_is_not_exact_says_by_how_much(module: nn.Module, card: ModelCard, tmp_path: Path) -> None:
+    short = replace(card, spec=replace(card.spec, halo_px=BLOCKS + 1, halo_error=1e-7))
+    assert "the card allows 1e-07" in refused(module, short, tmp_path)
+    near = replace(short, spec=replace(short.spec, halo_error=0.2))
+    assert to_onnx(module, near, tmp_path / "near").spec.halo_error == 0.2
+
+
+def masked(image: Tensor, mask: Tensor) -> Tensor:
+    return (nn.functional.avg_pool2d(mask, 3, 1, 1) * image).clamp(0, 1)
+
+
+def test_the_mask_is_cut_with_the_picture(tmp_path: Path) -> None:
+    mask = TensorSpec(name="mask", shape=("n", 1, "h", "w"))
+    base = card_of(halo_px=1)
+    filling = replace(base, spec=replace(base.spec, inputs=(*base.spec.inputs, mask)))
+    short = replace(filling, spec=replace(filling.spec, halo_px=0))
+    assert "spec.halo_px=0" in refused(OfTwo(masked), short, tmp_path)
+    to_onnx(OfTwo(masked), filling, tmp_path / "exact")
+
+
 def test_tiles_equal_the_whole(exported: Path) -> None:
     transform, spec = load(exported).transform, load(exported).card.spec
     picture = np.random.default_rng(3).random((1, 3, 61, 83), np.float32)

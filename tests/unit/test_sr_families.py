@@ -94,13 +94,13 @@ def test_a_fresh_net_gives_the_nearest_neighbour_picture() -> None:
         assert torch.equal(found, x.repeat_interleave(2, 2).repeat_interleave(2, 3)), make
 
 
-def test_a_radius_too_large_is_told() -> None:
+def test_of_a_radius_too_large_a_part_is_taken_and_that_is_told() -> None:
     small, large = Rrdb(blocks=6, features=4, growth=2), Rrdb(blocks=23, features=4, growth=2)
-    assert (small.halo_px, small.halo_why_none) == (94, "")
-    assert large.halo_px is None
-    assert "349 px" in large.halo_why_none
-    assert large.specs[""].halo_why_none == large.halo_why_none
-    assert replace(large, max_halo_px=349).halo_px == 349
+    assert (small.halo_px, small.halo_error) == (94, 0.0)
+    assert (large.radius_px, large.halo_px) == (349, 96)
+    assert large.specs[""].halo_error == large.halo_error == 0.5 / 255
+    exact = replace(large, max_halo_px=349)
+    assert (exact.halo_px, exact.halo_error) == (349, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rayscale.cli.disk import check_disks
 from rayscale.contract import Spec, code_version, digest, dumps
 from rayscale.data.mixture import Mixture, open_mixture
 from rayscale.data.pairs import DataPlacement
+from rayscale.data.preview import preview
 from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
 from rayscale.evaluate import METRICS, Suite, metrics_of, score_model, show, suite_for, torch_model
 from rayscale.observe import log
@@ -27,10 +28,12 @@ from rayscale.tracking import Tracker, default_uri, without_password
 from rayscale.tracking import connect as connect_mlflow
 from rayscale.train import checkpoint
 from rayscale.train.identity import claim, default_name, run_uri
-from rayscale.train.job import Job, Placement, Validation, check, check_disk
+from rayscale.train.job import Job, Placement, Validation, check, check_batch, check_disk
 from rayscale.train.record import RunRecord, write_run
 from rayscale.train.runner import check_resources
 from rayscale.train.runner import train as run_to_end
+
+DATA_SHEET_ROWS = 6  # samples
 
 
 def train(
@@ -99,12 +102,16 @@ def train(
     if not found and chosen.run.warm_start:
         checkpoint.warm_start(chosen.run.warm_start, chosen.task.build(torch.device("cpu")))  # likewise
     job = replace(job, record=record)
+    if not found:
+        check_batch(job)
     check_disk(job)
     check_disks(job.tracking_uri)
     connect_mlflow(job.tracking_uri)  # where it is away, say so before a cluster starts
     connect()
     check_resources(job.placement)
     job = replace(job, record=_tracked(record, job.tracking_uri, experiment, chosen, photos))
+    if not found:
+        _show_data(job)
     try:
         metrics = run_to_end(job)
     except BaseException as error:
@@ -206,6 +213,15 @@ def _tracked(record: RunRecord, tracking_uri: str, experiment: str, chosen: Reci
         tracker.dataset("train", part.uri, part.digest)
     tracker.flush()
     return record
+
+
+def _show_data(job: Job) -> None:
+    """What the model will be given, as a picture in MLflow before the first step. A damaged photo costs only that."""
+    try:
+        tracker = Tracker.start("", job.record.name, run_id=job.record.mlflow_run_id, uri=job.tracking_uri)
+        tracker.picture(preview(job.photos.parts[0], job.data, DATA_SHEET_ROWS).sheet, "data_sheet.png")
+    except RayscaleError as error:
+        log.warning("no picture of the data: %s", error)
 
 
 def _result(record: RunRecord, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rayscale.contract import Spec
 from rayscale.errors import DivergedError
-from rayscale.imaging import F32, U8, run_tiled, to_hwc_u8
+from rayscale.imaging import F32, U8, as_one, run_tiled, to_hwc_u8
 
 if TYPE_CHECKING:  # scoring an artifact needs no torch, and training no ONNX Runtime
     import torch
@@ -60,20 +60,11 @@ def picture_run(model: Model, tile_px: int | None = None) -> Run:
     spec, output = model.spec, model.spec.outputs[0].name
 
     def run(*inputs: U8) -> U8:
-        planes = [_planes(picture) for picture in inputs]
-        ends = np.cumsum([len(p) for p in planes])[:-1]
-
-        def forward(stacked: F32) -> F32:
-            """All inputs travel as channels of one array, so that a tile cuts them alike."""
-            parts = np.split(stacked, ends, axis=1)
-            given = {}
-            for tensor, part, picture in zip(spec.inputs, parts, inputs, strict=True):
-                frames = (len(picture), 3) if picture.ndim == 4 else (part.shape[1],)
-                given[tensor.name] = np.ascontiguousarray(part.reshape(1, *frames, *part.shape[2:]))
-            return model.forward(given)[output]
-
+        planes = np.concatenate([_planes(picture) for picture in inputs])[None]
+        leads = {t.name: (*p.shape[:-3], p.shape[-1]) for t, p in zip(spec.inputs, inputs, strict=True)}
+        forward = as_one(lambda given: model.forward(given)[output], leads)
         tiling = {"scale": spec.scale, "halo_px": spec.halo_px, "align": spec.align}
-        return finite_u8(run_tiled(forward, np.concatenate(planes)[None], tile_px=tile_px, **tiling))  # type: ignore[arg-type]
+        return finite_u8(run_tiled(forward, planes, tile_px=tile_px, **tiling))  # type: ignore[arg-type]
 
     return run
 

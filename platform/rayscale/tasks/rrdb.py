@@ -13,6 +13,7 @@ from rayscale.upscaler import Upscaler
 
 SHARE = 0.2  # of what a block adds
 SLOPE = 0.2  # of the leaky ReLUs
+HALF_LEVEL = 0.5 / 255  # of 8 bits
 CONVOLUTIONS = 5  # of a dense block; three dense blocks are a group
 
 
@@ -83,7 +84,7 @@ class Rrdb(Upscaler):
     features: int = 64
     blocks: int = 6
     growth: int = 32  # channels that a convolution of a dense block adds
-    max_halo_px: int = 128  # a larger exact radius is not stated: tiles would be mostly margin
+    max_halo_px: int = 96  # of a larger radius only so much is taken, else tiles would be mostly margin
 
     family = "rrdb"
 
@@ -107,11 +108,9 @@ class Rrdb(Upscaler):
         return worst + 1 + 3 * CONVOLUTIONS * self.blocks + 1
 
     @property
-    def halo_px(self) -> int | None:
-        return self.radius_px if self.radius_px <= self.max_halo_px else None
+    def halo_px(self) -> int:
+        return min(self.radius_px, self.max_halo_px)
 
     @property
-    def halo_why_none(self) -> str:
-        if self.halo_px is not None:
-            return ""
-        return f"the exact receptive radius is {self.radius_px} px, more than max_halo_px={self.max_halo_px}"
+    def halo_error(self) -> float:
+        return 0.0 if self.halo_px == self.radius_px else HALF_LEVEL

@@ -94,7 +94,14 @@ class RunHooks:
             log.warning("%s", advice)
             self.advised = True
         if self.tracker is not None:
-            self.tracker.metrics({**metrics, "progress/images_seen": float(images_seen)}, images_seen)
+            left = max(0, self.job.run.total_images - images_seen)
+            metrics = {
+                **metrics,
+                "progress/images_seen": float(images_seen),
+                "progress/eta_s": left / max(metrics["progress/images_per_s"], 1e-9),
+            }
+            self.tracker.metrics(metrics, images_seen)
+            self.tracker.system(images_seen)
             self.note = " ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/"))
 
     def _check_damage(self) -> None:

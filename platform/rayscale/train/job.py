@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from rayscale.data.cut import check_sizes, sample_shapes
+from rayscale.data.cut import check_sizes, dtype_of, sample_shapes
 from rayscale.data.mixture import Mixture
 from rayscale.data.pairs import DataPlacement, check_block
 from rayscale.data.plan import DataSettings, Plan
-from rayscale.errors import ConfigError, ResourceError
+from rayscale.errors import ConfigError, RayscaleError, ResourceError
 from rayscale.imaging import U8
 from rayscale.storage import check_free
-from rayscale.task import Task
+from rayscale.task import Batch, Task
 from rayscale.train.loop import RunSettings
 from rayscale.train.record import RunRecord
 
@@ -112,6 +113,35 @@ def _check_classes(job: Job) -> None:
         known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         rule = f"the dataset has {len(classes)} labels: {known}"
         raise ConfigError("task.num_classes", wanted, rule, f"--set task.num_classes={len(classes)}")
+
+
+def check_batch(job: Job) -> None:
+    """Two samples of the recipe's sizes go through every turn here: no cluster is needed to find out.
+
+    Raises: ConfigError saying what torch said.
+    """
+    torch.manual_seed(job.run.seed)
+    nets = job.task.build(torch.device("cpu"))
+    num = min(2, job.data.micro_batch)
+    tensors = {}
+    for name, shape in sample_shapes(job.data).items():
+        if dtype_of(name) == np.uint8:
+            tensors[name] = torch.rand(num, *shape).movedim(-1, -3)
+        else:
+            tensors[name] = torch.zeros(num, *shape, dtype=torch.int64)
+    for turn in job.task.turns:
+        try:
+            total, _ = job.task.loss(turn.name, nets, Batch(tensors, 0))
+            ok = total.numel() == 1 and bool(torch.isfinite(total).all())
+            said = f"a loss of {total.tolist()}"
+        except RayscaleError:
+            raise
+        except Exception as error:  # whatever a family of the user's own may raise
+            ok, said = False, " ".join(str(error).split())
+        if not ok:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            rule = f"turn {turn.name!r} must take {shapes} and give one finite loss"
+            raise ConfigError("task", said, rule, "align the recipe's task and data")
 
 
 def check_disk(job: Job) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     channels_last: bool = True
+    deterministic: bool = False  # GPU: the same bits in every run; slower, and operators that cannot are refused
     damage_budget: float = 0.001  # share of the photos that may be damaged, each replaced by another one
     verify_batches: bool = False  # recompute the checksum of every micro-batch that arrives
 
@@ -89,6 +91,13 @@ class Hooks(Protocol):
 
     def checkpoint(self, state: State, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Keep the state."""
+
+
+def make_deterministic() -> None:
+    """Let CUDA's kernels give the same bits in every run, before its first use. CPUs do without."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def build_state(task: Task, settings: RunSettings, device: torch.device) -> State:

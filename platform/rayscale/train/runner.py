@@ -23,13 +23,13 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from rayscale.data.pairs import PlanDataConfig, steps
-from rayscale.errors import DamageError, DivergedError, RayscaleError
+from rayscale.errors import DamageError, DivergedError, RayscaleError, ResourceError
 from rayscale.observe import log, setup_logging
 from rayscale.storage import open_store, ray_filesystem
 from rayscale.train import checkpoint
 from rayscale.train.hooks import RunHooks
 from rayscale.train.job import Job, Node, Placement, check_fits
-from rayscale.train.loop import build_state, fit
+from rayscale.train.loop import build_state, fit, make_deterministic
 from rayscale.train.record import Start, start_step, write_position
 
 
@@ -144,6 +144,8 @@ def _worker(config: dict[str, Any]) -> RayscaleError | None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(job.placement.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    if job.run.deterministic:
+        make_deterministic()
     device = ray.train.torch.get_device()
     state = build_state(job.task, job.run, device)
 
@@ -185,6 +187,10 @@ def _worker(config: dict[str, Any]) -> RayscaleError | None:
         )
     except (DivergedError, DamageError) as error:  # on every rank: another start would end the same way
         return error
+    except torch.OutOfMemoryError as error:
+        rule = f"does not fit into the memory of {device}: {' '.join(str(error).split())[:120]}"
+        remedy = "lower it and raise data.virtual_shards as much, or --set run.precision=bf16"
+        raise ResourceError("data.micro_batch", job.data.micro_batch, rule, remedy) from None
     finally:
         hooks.close()
     return None
