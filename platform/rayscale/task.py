@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayscale.contract import Spec
@@ -105,3 +107,11 @@ class Task(Protocol):
 
     def shipped(self, nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """What is validated AND exported, by the names of `specs`: one place on purpose (EMA or raw)."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """A family whose nets can say more of held-out pictures than what they ship can."""
+
+    def held_out(self, nets: Mapping[str, nn.Module], batch: Batch, train_u8: NDArray[np.uint8]) -> Mapping[str, float]:
+        """Metrics, with trivial baselines beside them; `train_u8`: u8[n, h, w, 3], pictures it learned from."""

@@ -38,6 +38,8 @@ def test_from_photos_to_a_decision(recipe: str, dataset: str, tmp_path: Path) ->
     logged = client.get_run(run["mlflow_run_id"]).data.metrics
     for function, metric in expected.items():
         assert f"validation/{function}/{metric}".replace("//", "/") in logged
+    if name == "vae":
+        assert {"validation/bits_per_dim", "validation/bits_per_dim_histogram"} <= set(logged)
     assert [f.path for f in client.list_artifacts(run["mlflow_run_id"], "samples")], "pictures for people"
 
     published = publish(run["run_uri"], name, licence="MIT")

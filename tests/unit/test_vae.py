@@ -15,7 +15,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from rayscale import losses
 from rayscale.errors import ConfigError
-from rayscale.task import Batch
+from rayscale.task import Batch, Judging
+from rayscale.tasks.compact import Compact
 from rayscale.tasks.vae import (
     Vae,
     VaeNet,
@@ -137,6 +138,20 @@ def test_the_bounds_bound_what_quadrature_finds() -> None:
     assert (bound > 1.0).all()  # the control: there is something to tighten
     assert (bound > tighter[0]).all()
     assert (tighter[1].abs() < 0.2 * bound).all()
+
+
+def test_held_out_pictures_are_judged_beside_histograms_and_training_is_not_disturbed() -> None:
+    nets = {"ema": net_of()}
+    learned = (pictures(8, seed=1).movedim(1, -1).numpy() * 255).round().astype(np.uint8)
+    before = torch.get_rng_state()
+    found = TASK.held_out(nets, Batch({"hr": pictures()}, 0), learned)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found == TASK.held_out(nets, Batch({"hr": pictures()}, 0), learned), "the same draws each time"
+    assert 0 < found["bits_per_dim_iw16"] < found["bits_per_dim"]
+    held_out = (pictures().movedim(1, -1).numpy() * 255).round().astype(np.uint8)
+    assert found["bits_per_dim_histogram"] == histogram_bits_per_dim(learned, held_out)
+    assert isinstance(TASK, Judging)
+    assert not isinstance(Compact(), Judging)
 
 
 def test_dequantised_gaussians_bound_the_256_values() -> None:

@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
 from torch import nn
@@ -20,10 +22,12 @@ from rayscale.data.mixture import Mixture, open_mixture
 from rayscale.data.pairs import DataPlacement
 from rayscale.data.preview import preview
 from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
-from rayscale.evaluate import METRICS, Suite, metrics_of, score_model, show, suite_for, torch_model
+from rayscale.evaluate import METRICS, Suite, metrics_of, pairs, score_model, show, suite_for, torch_model
+from rayscale.imaging import U8
 from rayscale.observe import log
 from rayscale.recipes import Recipe
 from rayscale.storage import home
+from rayscale.task import Batch, Judging, Task
 from rayscale.tracking import Tracker, default_uri, without_password
 from rayscale.tracking import connect as connect_mlflow
 from rayscale.train import checkpoint
@@ -34,6 +38,7 @@ from rayscale.train.runner import check_resources
 from rayscale.train.runner import train as run_to_end
 
 DATA_SHEET_ROWS = 6  # samples
+TRAINED_SHOWN = 256  # photos of the training split that a trivial baseline is made of
 
 
 def train(
@@ -246,14 +251,25 @@ class Validator:
     specs: Mapping[str, Spec]
     suites: Mapping[str, Suite]
 
-    def __call__(self, shipped: Mapping[str, nn.Module]) -> Validation:
-        models = {
-            name: torch_model(module, self.specs[name], next(module.parameters()).device)
-            for name, module in shipped.items()
-        }
+    def __call__(self, task: Task, nets: Mapping[str, nn.Module]) -> Validation:
+        shipped = task.shipped(nets)
+        device = next(next(iter(shipped.values())).parameters()).device
+        models = {name: torch_model(module, self.specs[name], device) for name, module in shipped.items()}
         found: dict[str, float] = {}
         for name, model in models.items():
             scores = score_model(model, self.suites[name], "training")
             prefix = f"{name}/" if name else ""
             found |= {f"{prefix}{metric}": scores.mean(metric) for metric in scores.metrics}
+        if isinstance(task, Judging):
+            held_out, seen = self._pictures
+            hr = torch.from_numpy(held_out).to(device).movedim(-1, 1) / 255
+            found |= task.held_out(nets, Batch({"hr": hr}, 0), seen)
         return Validation(found, show({"model": models[""]}, self.suites[""]))
+
+    @cached_property
+    def _pictures(self) -> tuple[U8, U8]:
+        """Whole pictures, u8[n, h, w, 3]: held out, and trained on."""
+        suite = self.suites[""]
+        trained = replace(suite, split="train", max_images=TRAINED_SHOWN)
+        held_out, seen = (np.stack([pair.hr for pair in pairs(one)]) for one in (suite, trained))
+        return held_out, seen

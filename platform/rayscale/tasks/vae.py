@@ -28,6 +28,8 @@ from rayscale.task import Batch, Ema, Losses, Optimizer, Turn
 
 U8 = NDArray[np.uint8]
 
+IMPORTANCE_SAMPLES = 16
+
 LATENT_MAX = 16.0  # |posterior mean|, and -log_variance; a trained posterior stays far within
 LOG_SCALE = (-7.0, 1.0)  # of a pixel in [0, 1]: from a quarter of a step of 8 bits to more than the range
 Z_MAX = 4.0  # what the shipped decoder takes: 1 in 16,000 normal draws lies beyond
@@ -219,6 +221,22 @@ class Vae:
             "bits_per_dim": bits_per_dim(bound, self.num_values),
         }
         return Losses((reconstruction + self.beta_at(batch.images_seen) * kl) / self.num_values, terms)
+
+    @torch.no_grad()
+    def held_out(self, nets: Mapping[str, nn.Module], batch: Batch, train_u8: U8) -> dict[str, float]:
+        """bits/dim of the bound with 1 and with 16 draws of z, and what histograms of the values need."""
+        net, hr = nets["ema"], batch.tensors["hr"]
+        assert isinstance(net, VaeNet)
+        held_out_u8 = (hr * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        with torch.random.fork_rng(devices=[hr.device] if hr.is_cuda else []):
+            torch.manual_seed(0)
+            bounds = [bound_nats(self, net, hr), importance_bound_nats(self, net, hr, IMPORTANCE_SAMPLES)]
+        bits, tighter = (float(bits_per_dim(bound.mean(), self.num_values)) for bound in bounds)
+        return {
+            "bits_per_dim": bits,
+            f"bits_per_dim_iw{IMPORTANCE_SAMPLES}": tighter,
+            "bits_per_dim_histogram": histogram_bits_per_dim(train_u8, held_out_u8),
+        }
 
     def beta_at(self, images_seen: int) -> float:
         """The weight of the KL after so many images."""

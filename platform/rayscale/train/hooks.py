@@ -125,7 +125,7 @@ class RunHooks:
     def validate(self, images_seen: int, nets: Mapping[str, nn.Module]) -> Mapping[str, float]:
         if self.rank != 0 or self.job.validate is None:
             return {}
-        found = self.job.validate(self.job.task.shipped(nets))
+        found = self.job.validate(self.job.task, nets)
         if self.tracker is not None:
             self.tracker.metrics({f"validation/{k}": v for k, v in found.metrics.items()}, images_seen)
             if found.picture is not None:

@@ -29,8 +29,8 @@ class Validation(NamedTuple):
     picture: U8 | None
 
 
-Validate = Callable[[Mapping[str, nn.Module]], Validation]
-"""Scores what `Task.shipped` returned; called on rank 0 only."""
+Validate = Callable[[Task, Mapping[str, nn.Module]], Validation]
+"""Scores the nets of `Task.build`, through what is shipped of them; called on rank 0 only."""
 
 
 @dataclass(frozen=True, kw_only=True)
