@@ -24,6 +24,7 @@ from torch import nn
 
 from rayscale import artifact, recipes
 from rayscale.contract import ModelCard
+from rayscale.data.cut import check_sizes
 from rayscale.data.mixture import Mixture, open_mixture
 from rayscale.data.sample import MicroBatch, render_window
 from rayscale.evaluate import compare, score_baseline, score_model, session_model, show, suite_for
@@ -84,6 +85,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     recipe = recipes.load(given.recipe, given.set)
     photos, cpu = open_mixture((given.data,), "train"), torch.device("cpu")
+    check_sizes(photos.parts[0], recipe.data)
     start, start_cpu = time.perf_counter(), time.process_time()
     with progress("training", recipe.run.total_images, "images") as shown:
         state = fit(recipe.task, recipe.run, build_state(recipe.task, recipe.run, cpu), steps(photos, recipe),
