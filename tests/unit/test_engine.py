@@ -6,7 +6,8 @@ import asyncio
 import runpy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from rayscale import artifact, imaging
-from rayscale.contract import ModelCard
-from rayscale.errors import TooLargeError, UnavailableError
-from rayscale.serve.engine import Canvas, Engine, EngineSettings, Job, Model, TileQueue, Timing, plan
+from rayscale.artifact import Abort
+from rayscale.contract import ModelCard, Spec, TensorSpec
+from rayscale.errors import ConfigError, ImageError, TooLargeError, UnavailableError
+from rayscale.serve.batching import Job, Model, Queue, TileJob, Timing
+from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 U8, F32 = NDArray[np.uint8], NDArray[np.float32]
@@ -33,7 +36,8 @@ class FakeSession:
         self.gate = threading.Event()
         self.gate.set()
 
-    def transform(self, nchw: F32) -> F32:
+    def run(self, inputs: Mapping[str, F32], abort: Abort | None = None) -> dict[str, F32]:
+        (nchw,) = inputs.values()
         names = [round(float(x[0, 0, 0]) * 255) for x in nchw]
         if names != [0]:  # the warm-up
             self.runs.append(names)
@@ -41,7 +45,7 @@ class FakeSession:
         time.sleep(self.seconds)
         if POISON in names:
             raise ValueError("poison")
-        return nchw.repeat(2, 2).repeat(2, 3)
+        return {"image_out": nchw.repeat(2, 2).repeat(2, 3)}
 
 
 @pytest.fixture
@@ -140,36 +144,36 @@ def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
 
 
 def job(name: int, tiles: int = 1, side: int = 8, model: Model | None = None, deadline: float = 1e9) -> Job:
-    return Job(model or MODEL, [tile(name, side)] * tiles, nowhere, deadline)
+    return TileJob(model=model or MODEL, tiles=[tile(name, side)] * tiles, place=nowhere, deadline=deadline)
 
 
 MODEL = Model(FakeSession(), 1e-3)
 
 
-def taken(queue: TileQueue, now: float = 0.0) -> list[list[int]]:
+def taken(queue: Queue, now: float = 0.0) -> list[list[int]]:
     """Everything in the queue, as the names of each batch's tiles."""
     found = []
     while batch := queue.take(now):
-        found.append([int(j.tiles[index][0, 0, 0]) for j, index in batch])
+        found.append([int(j.tiles[i][0, 0, 0]) for j, i in batch if isinstance(j, TileJob)])
     return found
 
 
 def test_requests_take_turns() -> None:
-    queue = TileQueue(1)
+    queue = Queue(1)
     for j in (job(1, tiles=4), job(2), job(3, tiles=2)):
         queue.put(j)
     assert taken(queue) == [[1], [2], [3], [1], [3], [1], [1]]
 
 
 def test_a_batch_is_of_one_model_and_one_shape_and_fair_within() -> None:
-    queue, other = TileQueue(3), Model(FakeSession(), 1e-3)
+    queue, other = Queue(3), Model(FakeSession(), 1e-3)
     for j in (job(1, tiles=4), job(2, side=16), job(3), job(4, model=other), job(5)):
         queue.put(j)
     assert taken(queue) == [[1, 3, 5], [2], [4], [1, 1, 1]]
 
 
 def test_the_dead_are_never_taken() -> None:
-    queue = TileQueue(4)
+    queue = Queue(4)
     late, gone, alive = job(1, deadline=5.0), job(2), job(3, deadline=5.1)
     for j in (late, gone, alive):
         queue.put(j)
@@ -344,3 +348,161 @@ def test_closing_refuses_what_waits(start: Callable[..., Engine]) -> None:
 
     asyncio.run(main())
     assert session.runs == [[1]]
+
+
+# --- several inputs, and functions that are no pictures
+
+
+class LinearSession:
+    """image * (1 - mask) + mask, frames' mean, or z doubled: what a card says; `gate` holds runs back."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.card = ModelCard(family="fake", spec=spec, licence="MIT")
+        self.digest, self.provider = "fake", "Fake"
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
+        self.aborted = threading.Event()
+        self.slow = False
+
+    def run(self, inputs: Mapping[str, F32], abort: Abort | None = None) -> dict[str, F32]:
+        artifact.bind(self.card, {name: value.shape for name, value in inputs.items()})
+        self.shapes.append({name: value.shape for name, value in inputs.items()})
+        while self.slow and abort is not None:
+            time.sleep(0.002)
+            if abort.options.terminate:
+                self.aborted.set()
+                raise UnavailableError("run", "fake", "was aborted", "ask again")
+        if "mask" in inputs:
+            return {"image_out": inputs["image"] * (1 - inputs["mask"]) + inputs["mask"]}
+        if "frames" in inputs:
+            return {"image_out": inputs["frames"].mean(1)}
+        return {"out": 2 * inputs["z"]}
+
+
+def picture_spec(kind: str, **inputs: tuple[int | str, ...]) -> Spec:
+    return Spec(
+        kind=kind,  # type: ignore[arg-type]
+        inputs=tuple(TensorSpec(name=name, shape=shape) for name, shape in inputs.items()),
+        outputs=(TensorSpec(name="image_out", shape=("n", 3, "h", "w")),),
+        halo_px=0,
+    )
+
+
+MASKED = picture_spec("transform", image=("n", 3, "h", "w"), mask=("n", 1, "h", "w"))
+BURST = picture_spec("burst", frames=("n", 2, 3, "h", "w"))
+GENERATE = Spec(
+    kind="generate", inputs=(TensorSpec(name="z", shape=("n", 5)),), outputs=(TensorSpec(name="out", shape=("n", 5)),)
+)
+
+
+@contextmanager
+def serving(session: LinearSession, **settings: int) -> Iterator[Engine]:
+    engine = Engine(EngineSettings(**settings), load=lambda folder, digest: session)  # type: ignore[arg-type]
+    engine.prepare("d", Path())
+    yield engine
+    engine.close()
+
+
+def in_ten_s() -> float:
+    return time.monotonic() + 10
+
+
+def through(engine: Engine, hwc: U8) -> U8:
+    canvas = Canvas(plan(engine.session("d").card.spec, *hwc.shape[:2], engine.settings), hwc)
+    asyncio.run(engine.run("d", canvas.tiles, canvas.place, deadline=in_ten_s()))
+    assert len(canvas.tiles) > 1
+    return canvas.result
+
+
+def test_a_mask_is_cut_with_its_picture() -> None:
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (40, 30, 3), np.uint8), rng.integers(0, 2, (40, 30, 1), np.uint8) * np.uint8(255)
+    with serving(LinearSession(MASKED), tile_px=16, whole_max_px=1, max_batch=3) as engine:
+        found = through(engine, np.concatenate([image, mask], 2))
+    np.testing.assert_array_equal(found, np.where(mask == 255, 255, image))
+
+
+def test_the_frames_of_a_burst_are_cut_together() -> None:
+    frames = np.random.default_rng(0).integers(0, 128, (2, 40, 30, 3), np.uint8) * 2
+    with serving(LinearSession(BURST), tile_px=16, whole_max_px=1) as engine:
+        found = through(engine, np.concatenate(frames, 2))
+    np.testing.assert_array_equal(found, (frames.astype(int).sum(0) // 2).astype(np.uint8))
+
+
+def test_other_channels_than_the_cards_are_refused() -> None:
+    for spec, rule in (
+        (MASKED, "channels=3: this model takes image and mask: 4 channels"),
+        (GENERATE, "generate: is no function from pictures"),
+    ):
+        with serving(LinearSession(spec)) as engine, pytest.raises(ConfigError, match=rule):
+            asyncio.run(ask(engine, 1))
+
+
+def test_a_call_runs_any_function_and_takes_its_turn() -> None:
+    session = LinearSession(GENERATE)
+    z = np.arange(15, dtype=np.float32).reshape(3, 5)
+    with serving(session) as engine:
+
+        async def main() -> list[tuple[dict[str, F32], Timing]]:
+            return await asyncio.gather(*(engine.call("d", {"z": z + k}, deadline=in_ten_s()) for k in range(3)))
+
+        found = asyncio.run(main())
+        for k, (outputs, timing) in enumerate(found):
+            np.testing.assert_array_equal(outputs["out"], 2 * (z + k))
+            assert timing.run_s >= 0
+        with pytest.raises(ConfigError, match="z"):
+            asyncio.run(engine.call("d", {"y": z}, deadline=in_ten_s()))
+        with pytest.raises(UnavailableError, match="not loaded"):
+            asyncio.run(engine.call("other", {"z": z}, deadline=in_ten_s()))
+        with pytest.raises(UnavailableError, match="deadline"):
+            asyncio.run(engine.call("d", {"z": z}, deadline=time.monotonic()))
+    assert session.shapes[2:] == [{"z": (3, 5)}] * 3
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_a_run_that_nobody_waits_for_is_aborted(how: str) -> None:
+    session = LinearSession(GENERATE)
+    z = np.zeros((1, 5), np.float32)
+    with serving(session) as engine:
+
+        async def main() -> None:
+            session.slow = True
+            asked = asyncio.create_task(
+                engine.call("d", {"z": z}, deadline=time.monotonic() + (0.1, 10)[how != "late"])
+            )
+            await until(lambda: len(session.shapes) == 3)
+            if how == "cancelled":
+                asked.cancel()
+            with pytest.raises((asyncio.CancelledError, UnavailableError)):
+                await asked
+            await asyncio.to_thread(session.aborted.wait, 5)
+            session.slow = False
+            await engine.call("d", {"z": z}, deadline=in_ten_s())  # the engine goes on
+
+        asyncio.run(main())
+    assert session.aborted.is_set()
+
+
+def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session, max_batch=2)
+    session.gate.clear()
+
+    async def main() -> None:
+        first = asyncio.create_task(ask(engine, 1))
+        await until(lambda: len(session.runs) == 1)
+        gone, stays = (asyncio.create_task(ask(engine, n)) for n in (2, 3))
+        await asyncio.sleep(0.02)
+        session.gate.set()
+        await first
+        gone.cancel()
+        await stays
+
+    asyncio.run(main())
+    assert session.runs[1:] in ([[2, 3]], [[3]])
+
+
+def test_a_picture_of_the_wrong_size_for_a_model_of_one_size_is_refused() -> None:
+    spec = picture_spec("transform", image=("n", 3, 16, 24))
+    assert plan(spec, 16, 24, EngineSettings()).tiling == "whole"
+    with pytest.raises(ImageError, match="image=24x17: this model takes pictures of 24x16 px only"):
+        plan(spec, 17, 24, EngineSettings())

@@ -10,35 +10,35 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rayscale import artifact, imaging
-from rayscale.contract import ModelCard, Spec
-from rayscale.errors import RayscaleError, TooLargeError, UnavailableError
+from rayscale.artifact import Abort
+from rayscale.contract import Spec
+from rayscale.errors import ConfigError, ImageError, RayscaleError, TooLargeError, UnavailableError
 from rayscale.imaging import Tile
-
-U8 = NDArray[np.uint8]
-F32 = NDArray[np.float32]
-
-
-class Session(Protocol):
-    """What the engine needs of `artifact.Session`."""
-
-    card: ModelCard
-    digest: str
-    provider: str
-
-    def transform(self, nchw: F32, /) -> F32: ...
-
+from rayscale.serve.batching import (
+    F32,
+    U8,
+    CallJob,
+    Item,
+    Job,
+    Model,
+    Place,
+    Queue,
+    Session,
+    TileJob,
+    Timing,
+    channels,
+    execute,
+    too_late,
+)
 
 Load = Callable[[Path, str], Session]
 """(folder, expected digest) -> a verified session."""
@@ -81,7 +81,15 @@ class Plan:
 
 
 def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
-    """Whole where that fits, exact tiles elsewhere. Raises: TooLargeError where neither is possible."""
+    """Whole where that fits, exact tiles elsewhere.
+
+    Raises: TooLargeError where neither is possible; ImageError for another size than the only one a model takes.
+    """
+    for size, only in zip((height, width), spec.inputs[0].shape[-2:], strict=True):
+        if isinstance(only, int) and size != only:
+            sides = "x".join(str(side) for side in reversed(spec.inputs[0].shape[-2:]))
+            rule = f"this model takes pictures of {sides} px only"
+            raise ImageError("image", f"{width}x{height}", rule, "crop or resize it")
     tall, wide = (-(-side // spec.align) * spec.align for side in (height, width))
     if spec.halo_px is None and height * width > settings.untiled_max_px:
         rule = f"this model runs on at most {settings.untiled_max_px} pixels ({spec.halo_why_none})"
@@ -104,8 +112,9 @@ class Canvas:
     """A picture cut by its plan, and the result that grows as its tiles come back, in any order."""
 
     def __init__(self, plan: Plan, hwc_u8: U8) -> None:
-        """`hwc_u8`: u8[plan.height, plan.width, 3]. The tiles are views: nothing is copied but for padding."""
-        assert hwc_u8.shape == (plan.height, plan.width, 3), hwc_u8.shape
+        """`hwc_u8`: u8[plan.height, plan.width, c], c as `Engine.run` has it. The tiles are views of it, or padded."""
+        assert hwc_u8.ndim == 3, hwc_u8.shape
+        assert hwc_u8.shape[:2] == (plan.height, plan.width), hwc_u8.shape
         below, right = plan.padded_height - plan.height, plan.padded_width - plan.width
         if below or right:
             hwc_u8 = np.pad(hwc_u8, ((0, below), (0, right), (0, 0)), mode="edge")
@@ -129,106 +138,6 @@ class Canvas:
         return np.ascontiguousarray(self._out[: self.plan.height * scale, : self.plan.width * scale])
 
 
-# --- the queue: no thread, no clock -----------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Model:
-    """A session and what it has been seen to cost."""
-
-    session: Session
-    seconds_per_px: float
-
-
-class Timing(NamedTuple):
-    """Where a request's time went in the engine."""
-
-    queue_s: float  # its tiles waited while the device worked for others
-    run_s: float
-
-
-Place = Callable[[int, U8], None]
-"""(index, result hwc u8): called in the device's thread, at most once per tile."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One request's tiles, all of one shape. Its future's end (result, error, cancellation) ends the job."""
-
-    model: Model
-    tiles: Sequence[U8]
-    place: Place
-    deadline: float  # on the engine's clock
-    started: float = 0.0
-    run_s: float = 0.0
-    future: Future[Timing] = field(default_factory=Future)
-    taken: int = 0
-    finished: int = 0
-
-    @property
-    def key(self) -> tuple[int, tuple[int, ...]]:
-        """What may share a batch: one session, one shape."""
-        return id(self.model), self.tiles[0].shape
-
-    @property
-    def tile_px(self) -> int:
-        """Input pixels of one tile."""
-        height, width, _ = self.tiles[0].shape
-        return int(height * width)
-
-    @property
-    def waiting_px(self) -> int:
-        return (len(self.tiles) - self.taken) * self.tile_px
-
-    def alive(self, now: float) -> bool:
-        """Whether anyone still waits for it. A job past its deadline is failed here."""
-        if not self.future.done() and now >= self.deadline:
-            self.fail(_too_late())
-        return not self.future.done()
-
-    def fail(self, error: BaseException) -> None:
-        with suppress(InvalidStateError):  # it was cancelled in this very moment
-            self.future.set_exception(error)
-
-
-Item = tuple[Job, int]
-
-
-class TileQueue:
-    """Jobs in a circle: every batch starts with the next one, and those of the same key join it."""
-
-    def __init__(self, max_batch: int) -> None:
-        self.max_batch = max_batch
-        self._jobs: deque[Job] = deque()
-
-    def put(self, job: Job) -> None:
-        self._jobs.append(job)
-
-    def take(self, now: float) -> list[Item]:
-        """The next batch: up to max_batch tiles of one key, one per job and round. Empty when none waits."""
-        self._jobs = deque(job for job in self._jobs if job.alive(now))
-        batch: list[Item] = []
-        while self._jobs and len(batch) < self.max_batch:
-            key = batch[0][0].key if batch else self._jobs[0].key
-            job = next((j for j in self._jobs if j.key == key), None)
-            if job is None:
-                break
-            self._jobs.remove(job)
-            batch.append((job, job.taken))
-            job.taken += 1
-            if job.taken < len(job.tiles):
-                self._jobs.append(job)
-        return batch
-
-    def cost_s(self) -> float:
-        """Estimated device time of all that waits, seconds."""
-        return sum((j.waiting_px * j.model.seconds_per_px for j in self._jobs if not j.future.done()), 0.0)
-
-    def drain(self) -> list[Job]:
-        jobs, self._jobs = list(self._jobs), deque()
-        return jobs
-
-
 # --- the engine -------------------------------------------------------------------------------------------------
 
 
@@ -239,10 +148,11 @@ class Engine:
         self.settings = settings
         self._load = load or self._load_artifact
         self._models: dict[str, Model] = {}
-        self._queue = TileQueue(settings.max_batch)
+        self._queue = Queue(settings.max_batch)
         self._wake = threading.Condition()  # guards the queue and what follows
         self._closed = False
         self._busy_until = 0.0
+        self._running: tuple[list[Item], Abort] | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -253,7 +163,7 @@ class Engine:
         if digest in self._models:
             return
         session = self._load(folder, digest)
-        self._models[digest] = Model(session, _measure(session, self.settings))
+        self._models[digest] = _measure(Model(session), self.settings)
 
     def forget(self, digest: str) -> None:
         """Take no new requests for it. What waits is still served."""
@@ -289,23 +199,53 @@ class Engine:
         return pixels * self._model(digest).seconds_per_px
 
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing:
-        """Run tiles u8[h, w, 3] of one shape and hand each result to `place`; `deadline` is time.monotonic().
+        """Run tiles u8[h, w, c] of one shape and hand each result u8[h * scale, w * scale, 3] to `place`.
 
-        Cancelling the caller, or the deadline, drops the tiles that have not started.
+        c: the channels of all of the card's inputs, in its order: 3 of a picture, 4 with a mask (255: missing), 3 T of
+        a burst of T frames. `deadline` is time.monotonic(). Cancelling the caller, or the deadline, drops the tiles
+        that have not started, and stops the device where it works for nobody else.
 
-        Raises: UnavailableError after the deadline, or when the engine is closed; what the session raises.
+        Raises: ConfigError for other channels; UnavailableError after the deadline, or when the engine is closed;
+        what the session raises.
         """
-        job = Job(self._model(digest), tiles, place, deadline, started=time.monotonic())
+        model = self._model(digest)
+        spec, found = model.session.card.spec, tiles[0].shape[2]
+        if found != (wanted := channels(spec)):
+            names = " and ".join(t.name for t in spec.inputs)
+            raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
+        return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline))
+
+    async def call(self, digest: str, inputs: Mapping[str, F32], *, deadline: float) -> tuple[dict[str, F32], Timing]:
+        """Run a function of any kind once, by the names of its card, in turn with all that waits.
+
+        Raises: ConfigError for inputs unlike the card's; otherwise as `run`.
+        """
+        model = self._model(digest)
+        artifact.bind(model.session.card, {name: value.shape for name, value in inputs.items()})
+        job = CallJob(model=model, inputs=inputs, deadline=deadline)
+        timing = await self._finish(job)
+        return job.outputs, timing
+
+    async def _finish(self, job: Job) -> Timing:
+        """Queue a job and wait for its end."""
+        job.started = time.monotonic()
+        job.future.add_done_callback(self._stop_if_idle)
         with self._wake:
             if self._closed:
                 raise _closed()
             self._queue.put(job)
             self._wake.notify()
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with asyncio.timeout(job.deadline - time.monotonic()):
                 return await asyncio.wrap_future(job.future)
         except TimeoutError:
-            raise _too_late() from None
+            raise too_late() from None
+
+    def _stop_if_idle(self, _: Future[Timing] | None = None) -> None:
+        """Abort the running batch when nobody waits for any of it."""
+        running = self._running
+        if running is not None and all(job.future.done() for job, _ in running[0]):
+            running[1].now()
 
     def close(self) -> None:
         """Finish the running batch, refuse the rest, end the thread."""
@@ -325,54 +265,59 @@ class Engine:
                     if self._closed:
                         return
                     self._wake.wait()
-                cost_s = sum(job.tile_px * job.model.seconds_per_px for job, _ in batch)
-                self._busy_until = time.monotonic() + cost_s
+                self._busy_until = time.monotonic() + sum(job.item_s for job, _ in batch)
             self._run(batch)
             with self._wake:
                 self._busy_until = 0.0
             del batch  # an idle thread must not keep the last request's pictures
 
     def _run(self, batch: list[Item]) -> None:
-        model = batch[0][0].model
-        started = time.monotonic()
+        started, abort = time.monotonic(), Abort()
+        self._running = batch, abort
+        self._stop_if_idle()  # it was cancelled since it was taken
         try:
-            nchw = [imaging.to_nchw_f32(job.tiles[index]) for job, index in batch]
-            result = model.session.transform(nchw[0] if len(nchw) == 1 else np.concatenate(nchw))
-            for position, (job, index) in enumerate(batch):
-                job.place(index, imaging.to_hwc_u8(result[position : position + 1]))
+            execute(batch, abort)
         except Exception as error:
             if len(batch) == 1:
                 batch[0][0].fail(error)
                 return
             for item in batch:  # a poison tile fails its own request only
-                self._run([item])
+                if not item[0].future.done():
+                    self._run([item])
             return
+        finally:
+            self._running = None
         now = time.monotonic()
         share_s = (now - started) / len(batch)
-        model.seconds_per_px += 0.2 * (share_s / batch[0][0].tile_px - model.seconds_per_px)
+        batch[0][0].learn(share_s)
         for job, _ in batch:
             job.run_s += share_s
             job.finished += 1
-            if job.finished == len(job.tiles):
+            if job.finished == job.count:
                 with suppress(InvalidStateError):  # it was cancelled in this very moment
                     job.future.set_result(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
 
 
-def _measure(session: Session, settings: EngineSettings) -> float:
-    """Warm a session up on one tile; seconds per input pixel of its second run."""
-    spec = session.card.spec
-    if spec.kind != "transform" or len(spec.inputs) != 1:
-        return 0.0
-    side = -(-min(settings.tile_px, 256) // spec.align) * spec.align
-    probe = np.zeros((1, 3, side, side), np.float32)
+def _measure(model: Model, settings: EngineSettings) -> Model:
+    """Warm a session up on one small sample; what its second run cost is the first estimate."""
+    spec = model.session.card.spec
+    side = -(-min(settings.tile_px, 256) // spec.align)  # of free axes, before their factor align
+    probe = {}
+    for tensor in spec.inputs:
+        sizes = []
+        for position, axis in enumerate(tensor.shape):
+            factor, free = artifact.axis_of(axis)
+            step = artifact.side_multiple(model.session.card, tensor, position)
+            sizes.append(factor * (1 if free == "n" else side * step) if free else factor)
+        probe[tensor.name] = np.zeros(sizes, np.float32)
     for _ in range(2):
         started = time.monotonic()
-        session.transform(probe)
-    return (time.monotonic() - started) / (side * side)
-
-
-def _too_late() -> RayscaleError:
-    return UnavailableError("request", "deadline", "passed before its tiles were run", "try again later")
+        model.session.run(probe)
+    model.seconds_per_sample = time.monotonic() - started
+    if spec.kind in ("transform", "burst"):
+        height, width = probe[spec.inputs[0].name].shape[-2:]
+        model.seconds_per_px = model.seconds_per_sample / (height * width)
+    return model
 
 
 def _closed() -> RayscaleError:

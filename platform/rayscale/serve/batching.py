@@ -1,0 +1,233 @@
+"""What waits for a device, and in which order it goes: no thread, no clock, no HTTP.
+
+Tiles of one model and one shape may share a batch, whoever asked for them; everything else runs alone. Jobs stand in
+a circle, so a huge picture delays a thumbnail by one batch and not by all of its tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayscale import imaging
+from rayscale.artifact import Abort
+from rayscale.contract import ModelCard, Spec
+from rayscale.errors import ConfigError, RayscaleError, UnavailableError
+
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """What the engine needs of `artifact.Session`."""
+
+    card: ModelCard
+    digest: str
+    provider: str
+
+    def run(self, inputs: Mapping[str, F32], abort: Abort | None = None, /) -> dict[str, F32]: ...
+
+
+def leads(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """By input, the axes between batch and sides of a function of pictures: (3,) of one, (1,) of a mask, (T, 3).
+
+    Raises: ConfigError for a function of anything else (generate, embed).
+    """
+    if spec.kind not in ("transform", "burst"):
+        raise ConfigError("model", spec.kind, "is no function from pictures to a picture", "see /v1/models")
+    return {t.name: tuple(int(axis) for axis in t.shape[1:-2]) for t in spec.inputs}
+
+
+def channels(spec: Spec) -> int:
+    """Of a tile: those of all inputs, one after the other. Raises: as `leads`."""
+    return sum(math.prod(lead) for lead in leads(spec).values())
+
+
+@dataclass(eq=False)
+class Model:
+    """A session and what it has been seen to cost."""
+
+    session: Session
+    seconds_per_px: float = 0.0  # of tiles, by input pixel
+    seconds_per_sample: float = 0.0  # of calls
+
+
+class Timing(NamedTuple):
+    """Where a request's time went in the engine."""
+
+    queue_s: float  # its tiles waited while the device worked for others
+    run_s: float
+
+
+Place = Callable[[int, U8], None]
+"""(index, result hwc u8): called in the device's thread, at most once per tile."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Job(ABC):
+    """One request's work. Its future's end (result, error, cancellation) ends the job."""
+
+    model: Model
+    deadline: float  # on the engine's clock
+    started: float = 0.0
+    run_s: float = 0.0
+    future: Future[Timing] = field(default_factory=Future)
+    taken: int = 0
+    finished: int = 0
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Items, each of which is run once."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[object, ...]:
+        """What may share a batch."""
+
+    @property
+    @abstractmethod
+    def item_s(self) -> float:
+        """Estimated device time of one item."""
+
+    @abstractmethod
+    def learn(self, item_s: float) -> None:
+        """Correct the estimate by one measurement."""
+
+    @property
+    def waiting_s(self) -> float:
+        return (self.count - self.taken) * self.item_s
+
+    def alive(self, now: float) -> bool:
+        """Whether anyone still waits for it. A job past its deadline is failed here."""
+        if not self.future.done() and now >= self.deadline:
+            self.fail(too_late())
+        return not self.future.done()
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):  # it was cancelled in this very moment
+            self.future.set_exception(error)
+
+
+@dataclass(eq=False, kw_only=True)
+class TileJob(Job):
+    """Tiles u8[h, w, c] of one shape; each result goes to `place`."""
+
+    tiles: Sequence[U8]
+    place: Place
+
+    @property
+    def count(self) -> int:
+        return len(self.tiles)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return id(self.model), self.tiles[0].shape
+
+    @property
+    def tile_px(self) -> int:
+        """Input pixels of one tile."""
+        height, width, _ = self.tiles[0].shape
+        return int(height * width)
+
+    @property
+    def item_s(self) -> float:
+        return self.tile_px * self.model.seconds_per_px
+
+    def learn(self, item_s: float) -> None:
+        self.model.seconds_per_px += 0.2 * (item_s / self.tile_px - self.model.seconds_per_px)
+
+
+@dataclass(eq=False, kw_only=True)
+class CallJob(Job):
+    """One run of a function of any kind, alone in its batch; `outputs` are there when its future is done."""
+
+    inputs: Mapping[str, F32]
+    outputs: dict[str, F32] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (id(self),)
+
+    @property
+    def samples(self) -> int:
+        return max(len(value) for value in self.inputs.values())
+
+    @property
+    def item_s(self) -> float:
+        return self.samples * self.model.seconds_per_sample
+
+    def learn(self, item_s: float) -> None:
+        self.model.seconds_per_sample += 0.2 * (item_s / self.samples - self.model.seconds_per_sample)
+
+
+Item = tuple[Job, int]
+
+
+def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
+    """Run one batch of `Queue.take`, and hand each job its results. Raises: what the session raises."""
+    session = batch[0][0].model.session
+    tiles = [(job, index) for job, index in batch if isinstance(job, TileJob)]
+    for job, _ in batch:
+        if isinstance(job, CallJob):
+            job.outputs = session.run(job.inputs, abort)
+    if not tiles:
+        return
+    spec = session.card.spec
+    run = imaging.as_one(lambda inputs: session.run(inputs, abort)[spec.outputs[0].name], leads(spec))
+    nchw = [imaging.to_nchw_f32(job.tiles[index]) for job, index in tiles]
+    result = run(nchw[0] if len(nchw) == 1 else np.concatenate(nchw))
+    for position, (job, index) in enumerate(tiles):
+        job.place(index, imaging.to_hwc_u8(result[position : position + 1]))
+
+
+class Queue:
+    """Jobs in a circle: every batch starts with the next one, and those of the same key join it."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.max_batch = max_batch
+        self._jobs: deque[Job] = deque()
+
+    def put(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def take(self, now: float) -> list[Item]:
+        """The next batch: up to max_batch items of one key, one per job and round. Empty when none waits."""
+        self._jobs = deque(job for job in self._jobs if job.alive(now))
+        batch: list[Item] = []
+        while self._jobs and len(batch) < self.max_batch:
+            key = batch[0][0].key if batch else self._jobs[0].key
+            job = next((j for j in self._jobs if j.key == key), None)
+            if job is None:
+                break
+            self._jobs.remove(job)
+            batch.append((job, job.taken))
+            job.taken += 1
+            if job.taken < job.count:
+                self._jobs.append(job)
+        return batch
+
+    def cost_s(self) -> float:
+        """Estimated device time of all that waits, seconds."""
+        return sum((job.waiting_s for job in self._jobs if not job.future.done()), 0.0)
+
+    def drain(self) -> list[Job]:
+        jobs, self._jobs = list(self._jobs), deque()
+        return jobs
+
+
+def too_late() -> RayscaleError:
+    return UnavailableError("request", "deadline", "passed before its tiles were run", "try again later")
