@@ -143,8 +143,11 @@ def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
 # --- the queue
 
 
-def job(name: int, tiles: int = 1, side: int = 8, model: Model | None = None, deadline: float = 1e9) -> Job:
-    return TileJob(model=model or MODEL, tiles=[tile(name, side)] * tiles, place=nowhere, deadline=deadline)
+def job(
+    name: int, tiles: int = 1, side: int = 8, model: Model | None = None, deadline: float = 1e9, owner: str = ""
+) -> Job:
+    given = [tile(name, side)] * tiles
+    return TileJob(model=model or MODEL, tiles=given, place=nowhere, deadline=deadline, owner=owner)
 
 
 MODEL = Model(FakeSession(), 1e-3)
@@ -170,6 +173,17 @@ def test_a_batch_is_of_one_model_and_one_shape_and_fair_within() -> None:
     for j in (job(1, tiles=4), job(2, side=16), job(3), job(4, model=other), job(5)):
         queue.put(j)
     assert taken(queue) == [[1, 3, 5], [2], [4], [1, 1, 1]]
+
+
+def test_the_parts_of_one_request_take_one_turn_together() -> None:
+    queue = Queue(1)
+    for j in (job(1, 2, owner="a"), job(2, owner="a"), job(3, owner="b"), job(4), job(5, 2), job(6, owner="a")):
+        queue.put(j)
+    assert taken(queue) == [[1], [3], [4], [5], [1], [5], [2], [6]]
+    queue = Queue(4)
+    for j in (job(1, 3, owner="a"), job(2, owner="a"), job(3, 2)):
+        queue.put(j)
+    assert taken(queue) == [[1, 3, 1, 3], [1, 2]]
 
 
 def test_the_dead_are_never_taken() -> None:

@@ -1,7 +1,7 @@
 """What waits for a device, and in which order it goes: no thread, no clock, no HTTP.
 
-Tiles of one model and one shape may share a batch, whoever asked for them; everything else runs alone. Jobs stand in
-a circle, so a huge picture delays a thumbnail by one batch and not by all of its tiles.
+Tiles of one model and one shape may share a batch, whoever asked for them; everything else runs alone. Requests stand
+in a circle, so a huge picture delays a thumbnail by one batch and not by all of its tiles.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ def channels(spec: Spec) -> int:
     return sum(math.prod(lead) for lead in leads(spec).values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of a loaded model where it is not: enough to cut pictures for it and to say what they cost."""
+
+    card: ModelCard
+    digest: str
+    provider: str
+    seconds_per_px: float = 0.0
+    seconds_per_sample: float = 0.0
+
+
 @dataclass(eq=False)
 class Model:
     """A session and what it has been seen to cost."""
@@ -59,6 +70,17 @@ class Model:
     session: Session
     seconds_per_px: float = 0.0  # of tiles, by input pixel
     seconds_per_sample: float = 0.0  # of calls
+
+    @property
+    def known(self) -> Known:
+        s = self.session
+        return Known(
+            card=s.card,
+            digest=s.digest,
+            provider=s.provider,
+            seconds_per_px=self.seconds_per_px,
+            seconds_per_sample=self.seconds_per_sample,
+        )
 
 
 class Timing(NamedTuple):
@@ -74,10 +96,11 @@ Place = Callable[[int, U8], None]
 
 @dataclass(eq=False, kw_only=True)
 class Job(ABC):
-    """One request's work. Its future's end (result, error, cancellation) ends the job."""
+    """Work of one request. Its future's end (result, error, cancellation) ends the job."""
 
     model: Model
     deadline: float  # on the engine's clock
+    owner: str = ""  # the request, where it comes as several jobs: they take one turn together
     started: float = 0.0
     run_s: float = 0.0
     future: Future[Timing] = field(default_factory=Future)
@@ -195,38 +218,47 @@ def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
 
 
 class Queue:
-    """Jobs in a circle: every batch starts with the next one, and those of the same key join it."""
+    """Requests in a circle: every batch starts with the next one, and those of the same key join it."""
 
     def __init__(self, max_batch: int) -> None:
         self.max_batch = max_batch
-        self._jobs: deque[Job] = deque()
+        self._circle: deque[list[Job]] = deque()  # the jobs of each request
 
     def put(self, job: Job) -> None:
-        self._jobs.append(job)
+        for jobs in self._circle if job.owner else ():
+            if jobs[0].owner == job.owner:
+                jobs.append(job)
+                return
+        self._circle.append([job])
 
     def take(self, now: float) -> list[Item]:
-        """The next batch: up to max_batch items of one key, one per job and round. Empty when none waits."""
-        self._jobs = deque(job for job in self._jobs if job.alive(now))
+        """The next batch: up to max_batch items of one key, one per request and round. Empty when none waits."""
+        living = ([job for job in jobs if job.alive(now)] for jobs in self._circle)
+        self._circle = deque(jobs for jobs in living if jobs)
         batch: list[Item] = []
-        while self._jobs and len(batch) < self.max_batch:
-            key = batch[0][0].key if batch else self._jobs[0].key
-            job = next((j for j in self._jobs if j.key == key), None)
-            if job is None:
+        while self._circle and len(batch) < self.max_batch:
+            key = batch[0][0].key if batch else self._circle[0][0].key
+            found = next(((jobs, job) for jobs in self._circle for job in jobs if job.key == key), None)
+            if found is None:
                 break
-            self._jobs.remove(job)
+            jobs, job = found
             batch.append((job, job.taken))
             job.taken += 1
-            if job.taken < job.count:
-                self._jobs.append(job)
+            if job.taken == job.count:
+                jobs.remove(job)
+            self._circle.remove(jobs)
+            if jobs:
+                self._circle.append(jobs)
         return batch
 
     def cost_s(self) -> float:
         """Estimated device time of all that waits, seconds."""
-        return sum((job.waiting_s for job in self._jobs if not job.future.done()), 0.0)
+        return sum((job.waiting_s for jobs in self._circle for job in jobs if not job.future.done()), 0.0)
 
     def drain(self) -> list[Job]:
-        jobs, self._jobs = list(self._jobs), deque()
-        return jobs
+        drained = [job for jobs in self._circle for job in jobs]
+        self._circle.clear()
+        return drained
 
 
 def too_late() -> RayscaleError:

@@ -15,12 +15,13 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from rayscale import artifact, imaging
 from rayscale.artifact import Abort
-from rayscale.contract import Spec
+from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, ImageError, RayscaleError, TooLargeError, UnavailableError
 from rayscale.imaging import Tile
 from rayscale.serve.batching import (
@@ -29,6 +30,7 @@ from rayscale.serve.batching import (
     CallJob,
     Item,
     Job,
+    Known,
     Model,
     Place,
     Queue,
@@ -141,6 +143,36 @@ class Canvas:
 # --- the engine -------------------------------------------------------------------------------------------------
 
 
+class Described(Protocol):
+    """What is said of a model that runs somewhere."""
+
+    @property
+    def card(self) -> ModelCard: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+
+
+class Runner(Protocol):
+    """What a gateway needs: an `Engine` in its own process, or `remote.RemoteEngine`."""
+
+    @property
+    def settings(self) -> EngineSettings: ...
+    @property
+    def digests(self) -> frozenset[str]: ...
+    def session(self, digest: str) -> Described: ...
+    def forget(self, digest: str) -> None: ...
+    def known(self) -> dict[str, Known]: ...
+    def backlog_s(self) -> float: ...
+    def cost_s(self, digest: str, pixels: int) -> float: ...
+    async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
+    async def call(
+        self, digest: str, inputs: Mapping[str, F32], *, deadline: float
+    ) -> tuple[dict[str, F32], Timing]: ...
+    def close(self) -> None: ...
+
+
 class Engine:
     """Sessions and the thread that runs them. `prepare` and `forget` from any thread, `run` from an event loop."""
 
@@ -173,6 +205,10 @@ class Engine:
     def digests(self) -> frozenset[str]:
         return frozenset(self._models.copy())
 
+    def known(self) -> dict[str, Known]:
+        """Digest -> what other processes may know of it."""
+        return {digest: model.known for digest, model in self._models.copy().items()}
+
     def session(self, digest: str) -> Session:
         """Raises: UnavailableError when it is not prepared here."""
         return self._model(digest).session
@@ -198,12 +234,13 @@ class Engine:
         """Estimated device time of so many input pixels."""
         return pixels * self._model(digest).seconds_per_px
 
-    async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing:
+    async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float, owner: str = "") -> Timing:
         """Run tiles u8[h, w, c] of one shape and hand each result u8[h * scale, w * scale, 3] to `place`.
 
         c: the channels of all of the card's inputs, in its order: 3 of a picture, 4 with a mask (255: missing), 3 T of
         a burst of T frames. `deadline` is time.monotonic(). Cancelling the caller, or the deadline, drops the tiles
-        that have not started, and stops the device where it works for nobody else.
+        that have not started, and stops the device where it works for nobody else. Calls of one `owner` (the request
+        that they are parts of) take one turn together.
 
         Raises: ConfigError for other channels; UnavailableError after the deadline, or when the engine is closed;
         what the session raises.
@@ -213,7 +250,7 @@ class Engine:
         if found != (wanted := channels(spec)):
             names = " and ".join(t.name for t in spec.inputs)
             raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
-        return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline))
+        return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner))
 
     async def call(self, digest: str, inputs: Mapping[str, F32], *, deadline: float) -> tuple[dict[str, F32], Timing]:
         """Run a function of any kind once, by the names of its card, in turn with all that waits.
