@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,21 @@ from rayscale import contract, storage
 from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
 from rayscale.serve import follower as follower_module
 from rayscale.serve import rollout as rollout_module
-from rayscale.serve.follower import Follower, fetch
+from rayscale.serve.batching import Known
+from rayscale.serve.engine import EngineSettings
+from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
+from rayscale.serve.remote import Chunk, RemoteEngine, Reply
 from rayscale.serve.rollout import Desired, Orders, Release, Report, Rollout, Table, read_desired, read_table
+
+small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 
 
 def release(version: int, name: str = "photos") -> Release:
     return Release(name=name, version=version, digest=f"{name}-{version}", uri=f"/store/{name}/{version}")
+
+
+def known(digest: str) -> Known:
+    return Known(card=small["card"](), digest=digest, provider="Fake")
 
 
 def desired(*releases: Release, **refused: str) -> Desired:
@@ -154,6 +164,51 @@ def test_models_move_independently() -> None:
     assert state.table.routes == {ROUTE: ((ONE.digest, 1.0),), "faces@champion": ((OTHER.digest, 1.0),)}
 
 
+# --- two tiers: gateways follow what engines have
+
+
+def engine(name: str, *prepared: Release, **more: Any) -> Report:
+    return report(name, *prepared, known={r.digest: known(r.digest) for r in prepared}, **more)
+
+
+def gateway(*prepared: Release) -> Report:
+    return report("gateway", *prepared, runs=False)
+
+
+def test_a_gateway_learns_what_the_engines_have_and_the_table_waits_for_all_of_them() -> None:
+    state = Rollout(now=0.0)
+    state.desire(desired(ONE), 0.0)
+    orders = state.sync(gateway(), 0.0)
+    assert (orders.num_engines, orders.known, orders.table.routes) == (0, {}, {})
+    assert state.sync(engine("e1", ONE), 0.0).known == {}  # an engine has its own
+    orders = state.sync(gateway(), 0.0)
+    assert orders.known == {ONE.digest: known(ONE.digest)}
+    assert state.sync(gateway(ONE), 0.0).table.routes == {ROUTE: ((ONE.digest, 1.0),)}
+    state.desire(desired(TWO), 1.0)
+    state.sync(engine("e1", ONE, TWO), 1.0)
+    state.sync(engine("e2", ONE), 1.0)
+    orders = state.sync(gateway(ONE, TWO), 1.0)
+    assert (orders.num_engines, set(orders.known)) == (2, {ONE.digest, TWO.digest})
+    assert orders.table.routes[ROUTE] == ((ONE.digest, 1.0),)  # e2 could not answer yet
+    state.sync(engine("e2", ONE, TWO), 1.5)
+    assert state.sync(gateway(ONE, TWO), 1.5).table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
+def test_sleeping_engines_are_known_and_failing_ones_are_named() -> None:
+    state = Rollout(now=0.0)
+    state.desire(desired(ONE), 0.0)
+    state.sync(engine("e1", ONE), 0.0)
+    state.sync(gateway(ONE), 0.0)
+    asleep = state.sync(gateway(ONE), 9.0)
+    assert (asleep.num_engines, set(asleep.known), asleep.failed) == (0, {ONE.digest}, {})
+    why = "device=cuda: CUDA did not start"
+    state.sync(engine("e2", failed={ONE.digest: why}), 9.0)
+    awake = state.sync(gateway(ONE), 9.0)
+    assert (awake.num_engines, awake.known, awake.failed) == (1, {}, {ONE.digest: why})
+    state.sync(engine("e3", ONE), 9.0)
+    assert state.sync(gateway(ONE), 9.0).failed == {}  # one of them can
+
+
 # --- the table
 
 
@@ -232,6 +287,9 @@ class FakeEngine:
     def forget(self, digest: str) -> None:
         self.loaded.discard(digest)
 
+    def known(self) -> dict[str, Known]:
+        return {digest: known(digest) for digest in self.loaded}
+
     def session(self, digest: str) -> FakeEngine:
         return self
 
@@ -263,7 +321,7 @@ class Replica:
                 raise UnavailableError("rollout", "away", "does not answer", "wait")
             return state.sync(said, 0.0)
 
-        self.follower = Follower(
+        self.follower = EngineFollower(
             "r", self.engine, sync, fetch, ThreadPoolExecutor(1), self.meters, grace_s=grace_s  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -367,6 +425,43 @@ def test_starting_waits_for_what_there_is_and_for_nothing_else(tmp_path: Path) -
         async with asyncio.timeout(1):
             await replica.follower.start(wait_s=0.1, interval_s=0.01)  # then it says why it is not ready
         assert "expected y" in replica.follower.reason
+
+    asyncio.run(main())
+
+
+def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
+    async def main() -> None:
+        state, woken = Rollout(now=0.0), 0
+
+        def wake() -> None:
+            nonlocal woken
+            woken += 1
+
+        async def carry(chunk: Chunk, large: bool) -> Reply:
+            raise AssertionError("nothing is asked here")
+
+        async def sync(said: Report) -> Orders:
+            return state.sync(said, clock)
+
+        clock, remote = 0.0, RemoteEngine(EngineSettings(), carry, wake)
+        follower = GatewayFollower("gateway", remote, sync, grace_s=0.0)
+        state.desire(desired(ONE), 0.0)
+        await follower.step()
+        assert woken == 1  # no engine runs, and one is needed to prepare
+        assert "photos:1 is being prepared" in follower.reason
+        state.sync(engine("e1", failed={ONE.digest: "CUDA did not start"}), 0.0)
+        await follower.step()
+        assert "CUDA did not start" in follower.reason
+        state.sync(engine("e1", ONE), 0.0)
+        await follower.step()
+        assert (follower.reason, woken) == ("", 1)
+        assert follower.table.pick(ROUTE, 0.0) == ONE
+        clock = 9.0
+        await follower.step()  # all asleep: a request wakes one
+        assert (follower.reason, woken) == ("", 1)
+        state.sync(engine("e2", failed={ONE.digest: "CUDA did not start"}), 9.0)
+        await follower.step()
+        assert follower.reason == "preparing photos:1; CUDA did not start"
 
     asyncio.run(main())
 

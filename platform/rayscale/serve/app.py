@@ -1,7 +1,8 @@
 """The Ray Serve application that `serve_configs/*.yaml` name. The only file here that knows Ray Serve.
 
-Two deployments: `Rollout`, one replica that reads the registry, and `Gateway`, which answers HTTP with an engine of
-its own (one tier). Decisions are made in `rollout.py`, `engine.py` and `gateway.py`; this is their shell.
+`Rollout`, one replica, reads the registry; `Gateway` answers HTTP, with an engine of its own (one tier: CPUs) or with
+those of the deployment `Engine` (two tiers: GPUs, which many gateways then fill and which scale by themselves).
+Decisions are made in `rollout.py`, `engine.py`, `remote.py` and `gateway.py`; this is their shell.
 """
 
 # No `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
@@ -9,16 +10,18 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import pydantic
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
@@ -26,15 +29,30 @@ from rayscale import storage
 from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.observe import log, setup_logging
-from rayscale.serve import follower, rollout
-from rayscale.serve.engine import Engine, EngineSettings
-from rayscale.serve.follower import Follower
+from rayscale.serve import follower, remote, rollout
+from rayscale.serve.engine import Engine, EngineSettings, Runner
+from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
 from rayscale.serve.gateway import Gateway, GatewaySettings, create_app
 from rayscale.serve.meters import RayMeters
+from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
 from rayscale.serve.rollout import Desired, Orders, Report
 
 TABLE = "table.json"
 SYNC_TIMEOUT_S = 5.0
+
+
+class EngineArgs(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Where models run. How many engines there are is Serve's: `deployments:`, `name: Engine`."""
+
+    tiers: Literal["one", "two"] = "one"  # one: in the gateway; two: behind a handle
+    max_batch: int = pydantic.Field(default=1, ge=1)  # tiles of one shape in one run; on CPUs more gains nothing
+    window: int = pydantic.Field(default=4, ge=1)  # two tiers: chunks of one request in flight
+
+    @pydantic.model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.tiers == "one" and "window" in self.model_fields_set:
+            raise ConfigError("args.engines.window", self.window, "has no effect with one tier", "set tiers: two")
+        return self
 
 
 class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -48,6 +66,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     cache_dir: str = ""  # of fetched artifacts, on each node; "": under RAYSCALE_HOME
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = pydantic.Field(0, ge=0)  # of ONNX Runtime in a replica; 0: its num_cpus
+    engines: EngineArgs = EngineArgs()
     tile_px: int = pydantic.Field(256, ge=16)
     whole_max_px: int = pydantic.Field(512 * 512, ge=1)  # area that runs untiled
     max_bytes: int = pydantic.Field(64 << 20, ge=1)
@@ -70,12 +89,17 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             name = ".".join(str(part) for part in first["loc"])
             unknown = first["type"] == "extra_forbidden"
             rule = "no such argument" if unknown else first["msg"]
-            remedy = nearest(name, cls.model_fields) if unknown else "correct the application's args"
+            known = EngineArgs.model_fields if first["loc"][0] == "engines" else cls.model_fields
+            remedy = nearest(str(first["loc"][-1]), known) if unknown else "correct the application's args"
             raise ConfigError(f"args.{name}", first.get("input"), rule, remedy) from None
 
     def engine(self, threads: int) -> EngineSettings:
         return EngineSettings(
-            device=self.device, threads=self.threads or threads, tile_px=self.tile_px, whole_max_px=self.whole_max_px
+            device=self.device,
+            threads=self.threads or threads,
+            tile_px=self.tile_px,
+            whole_max_px=self.whole_max_px,
+            max_batch=self.engines.max_batch,
         )
 
     def gateway(self) -> GatewaySettings:
@@ -146,28 +170,109 @@ class RolloutReplica:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *args)
 
 
-class GatewayReplica:
-    """One gateway and its engine."""
+def _sync(rollout_handle: DeploymentHandle) -> Callable[[Report], Awaitable[Orders]]:
+    async def sync(report: Report) -> Orders:
+        return await asyncio.wait_for(rollout_handle.sync.remote(report), SYNC_TIMEOUT_S)
 
-    def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:
+    return sync
+
+
+def _engine(args: AppArgs, rollout_handle: DeploymentHandle, meters: RayMeters) -> tuple[Engine, EngineFollower]:
+    """An engine in this process, with the threads of its CPUs, and what keeps it in step."""
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    engine = Engine(args.engine(max(1, int(cpus))))
+    cache = Path(args.cache_dir or storage.home() / "cache") / "artifacts"
+    return engine, EngineFollower(
+        serve.get_replica_context().replica_id.unique_id,
+        engine,
+        _sync(rollout_handle),
+        functools.partial(follower.fetch, cache=cache, tracking_uri=args.tracking_uri or None),
+        ThreadPoolExecutor(1, thread_name_prefix="prepare"),
+        meters,
+        grace_s=_grace_s(args),
+    )
+
+
+def _grace_s(args: AppArgs) -> float:
+    return 2 * args.timeout_s  # a body may take as long to arrive as its picture to be made
+
+
+class EngineReplica:
+    """The second tier: an engine behind a handle. Ray Serve awaits its start, then sends it chunks."""
+
+    async def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:  # type: ignore[misc]
         setup_logging()
-        self._args = args
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-        engine, meters = Engine(args.engine(max(1, int(cpus)))), RayMeters()
-        cache = Path(args.cache_dir or storage.home() / "cache") / "artifacts"
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._engine, self._follower = _engine(args, rollout_handle, RayMeters())
+        await self._follower.start(args.ready_wait_s, args.sync_s)
+        self._task = asyncio.create_task(self._follower.follow(args.sync_s))
 
-        async def sync(report: Report) -> Orders:
-            return await asyncio.wait_for(rollout_handle.sync.remote(report), SYNC_TIMEOUT_S)
+    async def answer(self, chunk: Chunk) -> Reply:
+        return await remote.answer(self._engine, self._name, chunk)
 
-        self._follower = Follower(
-            serve.get_replica_context().replica_id.unique_id,
-            engine,
-            sync,
-            functools.partial(follower.fetch, cache=cache, tracking_uri=args.tracking_uri or None),
-            ThreadPoolExecutor(1, thread_name_prefix="prepare"),
-            meters,
-            grace_s=2 * args.timeout_s,  # a body may take as long to arrive as its picture to be made
-        )
+    async def wake(self) -> None:
+        """Asked for where no engine runs, so that Serve starts one."""
+
+    async def check_health(self) -> None:
+        if self._task.done():
+            self._task.result()
+
+
+class EngineLine:
+    """What carries chunks: a handle of the deployment `Engine`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._waking: asyncio.Future[None] | None = None
+
+    async def carry(self, chunk: Chunk, large: bool) -> Reply:
+        """Raises: LostError when the replica died; what it raised."""
+        handle = self._handle.options(_by_reference=True) if large else self._handle
+        response = handle.answer.remote(chunk)
+        try:
+            return cast(Reply, await response)
+        except asyncio.CancelledError:
+            response.cancel()  # the engine drops what it has not run
+            raise
+        except RayTaskError:
+            raise
+        except Exception as error:  # by actor call, by gRPC, before or after it was sent: each has its own class
+            log.warning("an engine is lost: %s", str(error).partition("\n")[0])
+            raise LostError(_actor_id(error)) from error
+
+    def wake(self) -> None:
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.ensure_future(self._wake())
+
+    async def _wake(self) -> None:
+        try:
+            await self._handle.wake.remote()
+        except Exception as error:
+            log.warning("no engine starts: %r", error)
+
+
+def _actor_id(error: BaseException) -> str:
+    """Which replica's death this tells of; what tells of none is a death of its own."""
+    return str(getattr(error, "actor_id", None) or uuid.uuid4().hex)
+
+
+class GatewayReplica:
+    """One gateway, with its engine or with a line to those of the second tier."""
+
+    def __init__(
+        self, args: AppArgs, rollout_handle: DeploymentHandle, engine_handle: DeploymentHandle | None = None
+    ) -> None:
+        setup_logging()
+        self._args, meters = args, RayMeters()
+        self._follower: Follower
+        engine: Runner
+        if engine_handle is None:
+            engine, self._follower = _engine(args, rollout_handle, meters)
+        else:
+            line = EngineLine(engine_handle)
+            engine = RemoteEngine(args.engine(0), line.carry, line.wake, window=args.engines.window)
+            name = serve.get_replica_context().replica_id.unique_id
+            self._follower = GatewayFollower(name, engine, _sync(rollout_handle), grace_s=_grace_s(args))
         self._gateway = Gateway(args.gateway(), engine, self._follower, meters)
         self._task: asyncio.Task[None] | None = None
 
@@ -191,6 +296,7 @@ class GatewayReplica:
 RolloutDeployment = serve.deployment(
     name="Rollout", num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}
 )(RolloutReplica)
+EngineDeployment = serve.deployment(name="Engine", max_ongoing_requests=64)(EngineReplica)
 GatewayDeployment = serve.deployment(name="Gateway")(serve.ingress()(GatewayReplica))
 
 
@@ -198,4 +304,7 @@ def build(args: AppArgs) -> Application:
     """`import_path: rayscale.serve.app:build`."""
     uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     args = args.model_copy(update={"tracking_uri": uri})
-    return GatewayDeployment.bind(args, RolloutDeployment.bind(args))
+    rollout_app = RolloutDeployment.bind(args)
+    if args.engines.tiers == "one":
+        return GatewayDeployment.bind(args, rollout_app)
+    return GatewayDeployment.bind(args, rollout_app, EngineDeployment.bind(args, rollout_app))

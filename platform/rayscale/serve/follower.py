@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -14,38 +15,36 @@ from pathlib import Path
 from rayscale import storage
 from rayscale.errors import ConfigError, IntegrityError, RayscaleError
 from rayscale.observe import log
-from rayscale.serve.engine import Engine
+from rayscale.serve.engine import Engine, Runner
 from rayscale.serve.meters import Meters
+from rayscale.serve.remote import RemoteEngine
 from rayscale.serve.rollout import Orders, Release, Report, Table
 
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
 
 
-class Follower:
-    """Keeps an engine in step with the rollout. All but the preparing happens on the event loop."""
+class Follower(ABC):
+    """Keeps a replica in step with the rollout: reports, does its part, adopts tables."""
 
     def __init__(
-        self,
-        replica: str,
-        engine: Engine,
-        sync: Callable[[Report], Awaitable[Orders]],
-        fetch: Callable[[Release], Path],
-        executor: Executor,
-        meters: Meters,
-        *,
-        grace_s: float,
+        self, replica: str, engine: Runner, sync: Callable[[Report], Awaitable[Orders]], *, grace_s: float
     ) -> None:
-        """`executor` runs `fetch` and `Engine.prepare`; a digest is forgotten `grace_s` after no table names it."""
+        """A digest is forgotten `grace_s` after no table names it."""
         self.table = Table()  # what requests resolve against: everything in it is prepared
         self.held: Mapping[str, str] = {}
         self.reason = "the rollout has not answered yet"  # why it is not ready, "" once it is
-        self._replica, self._engine, self._sync, self._fetch = replica, engine, sync, fetch
-        self._executor, self._meters, self._grace_s = executor, meters, grace_s
-        self._failed: dict[str, str] = {}
-        self._retry: dict[str, tuple[float, float]] = {}  # digest -> (not before, last delay)
+        self._replica, self._engine, self._sync, self._grace_s = replica, engine, sync, grace_s
+        self._failed: dict[str, str] = {}  # digest -> why
         self._unnamed: dict[str, float] = {}  # digest -> since when no table names it
-        self._preparing: asyncio.Task[None] | None = None
         self._sync_failed = False
+
+    @abstractmethod
+    def report(self) -> Report:
+        """What the rollout is told."""
+
+    @abstractmethod
+    def obey(self, orders: Orders) -> None:
+        """Do what is ordered, before a table is adopted."""
 
     async def follow(self, interval_s: float) -> None:
         """Stay in step until cancelled. A rollout that is away changes nothing: the last table serves."""
@@ -76,19 +75,75 @@ class Follower:
 
     async def step(self) -> Orders:
         """One report and what follows from its answer."""
-        orders = await self._sync(
-            Report(replica=self._replica, prepared=self._engine.digests, failed=dict(self._failed), table=self.table)
-        )
+        orders = await self._sync(self.report())
         self.held = orders.held
-        self._start_preparing(orders)
+        self.obey(orders)
         self._adopt(orders)
         self._forget(orders)
         return orders
 
-    def _start_preparing(self, orders: Orders) -> None:
+    def _adopt(self, orders: Orders) -> None:
+        missing = orders.table.routed - self._engine.digests
+        if not missing:
+            self.table = orders.table
+        if self.table.routes and not self.table.routed <= orders.failed.keys():
+            self.reason = ""  # an old table serves as long as the new one is not ready
+        elif wanted := missing or self.table.routed:
+            versions = {**self.table.versions, **orders.table.versions}
+            failed = {**orders.failed, **self._failed}
+            releases = sorted(str(versions[digest]) for digest in wanted)
+            failures = [failed[digest] for digest in sorted(wanted) if digest in failed]
+            self.reason = "; ".join([f"preparing {', '.join(releases)}", *failures])
+        else:
+            held = "; ".join(f"{route}: {why}" for route, why in sorted(orders.held.items()))
+            self.reason = held or "no model is promoted yet: no alias that this application follows exists"
+
+    def _forget(self, orders: Orders) -> None:
+        named = {r.digest for r in orders.prepare} | set(orders.table.versions) | set(self.table.versions)
+        now = time.monotonic()
+        loaded = self._engine.digests
+        self._unnamed = {digest: self._unnamed.get(digest, now) for digest in loaded - named}
+        for digest, since in list(self._unnamed.items()):
+            if now - since >= self._grace_s:  # requests that resolved to it are over
+                self._engine.forget(digest)
+        for digest in set(self._failed) - named:
+            self._failed.pop(digest)
+
+
+class EngineFollower(Follower):
+    """Of a replica that runs models itself. All but the preparing happens on the event loop."""
+
+    def __init__(
+        self,
+        replica: str,
+        engine: Engine,
+        sync: Callable[[Report], Awaitable[Orders]],
+        fetch: Callable[[Release], Path],
+        executor: Executor,
+        meters: Meters,
+        *,
+        grace_s: float,
+    ) -> None:
+        """`executor` runs `fetch` and `Engine.prepare`."""
+        super().__init__(replica, engine, sync, grace_s=grace_s)
+        self._loader, self._fetch, self._executor, self._meters = engine, fetch, executor, meters
+        self._retry: dict[str, tuple[float, float]] = {}  # digest -> (not before, last delay)
+        self._preparing: asyncio.Task[None] | None = None
+
+    def report(self) -> Report:
+        return Report(
+            replica=self._replica,
+            known=self._engine.known(),
+            prepared=self._engine.digests,
+            failed=dict(self._failed),
+            table=self.table,
+        )
+
+    def obey(self, orders: Orders) -> None:
         """One at a time: loading is heavy, and requests are being answered beside it."""
         if self._preparing is not None and not self._preparing.done():
             return
+        self._retry = {digest: retry for digest, retry in self._retry.items() if digest in self._failed}
         now = time.monotonic()
         for release in orders.prepare:
             not_before, _ = self._retry.get(release.digest, (0.0, 0.0))
@@ -118,36 +173,28 @@ class Follower:
     def _fetch_and_load(self, release: Release) -> None:
         folder = self._fetch(release)
         try:
-            self._engine.prepare(release.digest, folder)
+            self._loader.prepare(release.digest, folder)
         except IntegrityError:
             shutil.rmtree(folder, ignore_errors=True)  # the cache's copy is damaged: fetch it anew next time
             raise
 
-    def _adopt(self, orders: Orders) -> None:
-        missing = orders.table.routed - self._engine.digests
-        if not missing:
-            self.table = orders.table
-        if self.table.routes:  # an old table serves as long as the new one is not ready
-            self.reason = ""
-        elif missing:
-            releases = sorted(str(orders.table.versions[digest]) for digest in missing)
-            failures = [self._failed[digest] for digest in missing if digest in self._failed]
-            self.reason = "; ".join([f"preparing {', '.join(releases)}", *failures])
-        else:
-            held = "; ".join(f"{route}: {why}" for route, why in sorted(orders.held.items()))
-            self.reason = held or "no model is promoted yet: no alias that this application follows exists"
 
-    def _forget(self, orders: Orders) -> None:
-        named = {r.digest for r in orders.prepare} | set(orders.table.versions) | set(self.table.versions)
-        now = time.monotonic()
-        loaded = self._engine.digests
-        self._unnamed = {digest: self._unnamed.get(digest, now) for digest in loaded - named}
-        for digest, since in list(self._unnamed.items()):
-            if now - since >= self._grace_s:  # requests that resolved to it are over
-                self._engine.forget(digest)
-        for digest in set(self._failed) - named:
-            self._failed.pop(digest)
-            self._retry.pop(digest, None)
+class GatewayFollower(Follower):
+    """Of a gateway that asks engines: it follows what they have prepared."""
+
+    def __init__(
+        self, replica: str, engine: RemoteEngine, sync: Callable[[Report], Awaitable[Orders]], *, grace_s: float
+    ) -> None:
+        super().__init__(replica, engine, sync, grace_s=grace_s)
+        self._remote = engine
+
+    def report(self) -> Report:
+        return Report(replica=self._replica, runs=False, prepared=self._engine.digests, table=self.table)
+
+    def obey(self, orders: Orders) -> None:
+        self._remote.learn(orders.known, orders.num_engines)
+        if not orders.num_engines and {release.digest for release in orders.prepare} - orders.known.keys():
+            self._remote.wake()  # they sleep, and one of them is needed
 
 
 def fetch(release: Release, cache: Path, tracking_uri: str | None) -> Path:

@@ -25,7 +25,7 @@ from rayscale.errors import ConfigError, MediaTypeError, MissingError, TooLargeE
 from rayscale.imaging import Limits, Media
 from rayscale.observe import log
 from rayscale.serve import problems
-from rayscale.serve.engine import Canvas, Engine, Plan, plan
+from rayscale.serve.engine import Canvas, Plan, Runner, plan
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
 from rayscale.serve.rollout import Release, Table, route_of
@@ -84,9 +84,9 @@ class ModelList(pydantic.BaseModel):
 
 
 class Gateway:
-    """Answers requests with an engine in this process, following a routing table."""
+    """Answers requests with an engine, here or behind a handle, following a routing table."""
 
-    def __init__(self, settings: GatewaySettings, engine: Engine, routing: Routing, meters: Meters) -> None:
+    def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
         self._codecs = ThreadPoolExecutor(settings.codec_threads, thread_name_prefix="codec")
 

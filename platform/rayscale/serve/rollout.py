@@ -1,20 +1,21 @@
 """Which versions serve: the routing table, and how it follows the registry's aliases without a seam.
 
-A moved alias is prepared by every live replica first (download, digest, golden probe, warm-up); then one table is
-published. The version before stays listed, so replicas keep it warm for a rollback. Pure: no Ray, no MLflow, no
-clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
+A moved alias is prepared by every live engine first (download, digest, golden probe, warm-up), in a gateway or behind
+a handle; then one table is published. The version before stays listed, so replicas keep it warm for a rollback.
+Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from rayscale import contract
 from rayscale.errors import ConfigError, MissingError, nearest
 from rayscale.observe import log
+from rayscale.serve.batching import Known
 from rayscale.storage import Store
 
 if TYPE_CHECKING:  # MLflow: only the process that reads the registry pays for it
@@ -66,6 +67,8 @@ class Report:
     """What a replica says at every sync."""
 
     replica: str
+    runs: bool = True  # it loads models itself; False: a gateway that asks engines
+    known: Mapping[str, Known] = field(default_factory=dict)  # of an engine, what others need to know of its models
     prepared: frozenset[str] = frozenset()  # digests it can answer with now
     failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why; it tries again by itself
     table: Table = Table()  # the one it follows: a second copy, should the rollout lose its own
@@ -78,6 +81,10 @@ class Orders:
     table: Table
     prepare: tuple[Release, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
+    # For gateways that ask engines; empty for those that run models themselves:
+    num_engines: int = 0
+    known: Mapping[str, Known] = field(default_factory=dict)  # what the engines can answer with
+    failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why no engine has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,7 @@ class Rollout:
         self._publish_from = now + stale_s if self.table.routes else now
         self._desired: Desired | None = None  # unknown until the registry has answered once
         self._replicas: dict[str, tuple[float, Report]] = {}
+        self._known: dict[str, Known] = {}  # also while no engine is awake
 
     def desire(self, desired: Desired, now: float) -> None:
         """The registry's word. A route whose alias was deleted is closed, one that cannot be followed stays.
@@ -117,7 +125,20 @@ class Rollout:
             self.table = report.table
         self._replicas[report.replica] = (now, report)
         self._settle(now)
-        return Orders(table=self.table, prepare=self._prepare(), held=self.held())
+        orders = Orders(table=self.table, prepare=self._prepare(), held=self.held())
+        return orders if report.runs else self._for_gateway(orders)
+
+    def _for_gateway(self, orders: Orders) -> Orders:
+        """What engines can answer with. While all of them sleep it is what they could: a request wakes one."""
+        engines = [report for _, report in self._replicas.values() if report.runs]
+        named = {release.digest for release in orders.prepare}
+        for engine in engines:
+            self._known |= engine.known
+        self._known = {digest: known for digest, known in self._known.items() if digest in named}
+        has = {digest for engine in engines for digest in engine.prepared} if engines else set(self._known)
+        failed = {digest: why for engine in engines for digest, why in engine.failed.items() if digest not in has}
+        known = {digest: known for digest, known in self._known.items() if digest in has}
+        return replace(orders, num_engines=len(engines), known=known, failed=failed)
 
     def held(self) -> dict[str, str]:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
