@@ -18,7 +18,7 @@ from rayscale import artifact, imaging
 from rayscale.artifact import Abort
 from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, ImageError, TooLargeError, UnavailableError
-from rayscale.serve.batching import Job, Model, Queue, TileJob, Timing
+from rayscale.serve.batching import CallJob, Job, Model, Queue, TileJob, Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
@@ -440,6 +440,18 @@ def test_the_frames_of_a_burst_are_cut_together() -> None:
     with serving(LinearSession(BURST), tile_px=16, whole_max_px=1) as engine:
         found = through(engine, np.concatenate(frames, 2))
     np.testing.assert_array_equal(found, (frames.astype(int).sum(0) // 2).astype(np.uint8))
+
+
+def test_what_is_learnt_of_calls_and_of_tiles_is_one_price_by_pixel() -> None:
+    session = LinearSession(MASKED)
+    with serving(session) as engine:
+        engine._models["d"].seconds_per_unit = 1e-3
+        inputs = {"image": np.zeros((2, 3, 10, 20), np.float32), "mask": np.zeros((2, 1, 10, 20), np.float32)}
+        job = CallJob(model=engine._models["d"], inputs=inputs, deadline=1e9)
+        assert job.item_s == pytest.approx(0.4)
+        for _ in range(50):
+            job.learn(0.8)
+        assert engine.cost_s("d", 400) == pytest.approx(0.8, rel=1e-3)
 
 
 def test_other_channels_than_the_cards_are_refused() -> None:

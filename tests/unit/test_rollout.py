@@ -65,7 +65,7 @@ def test_a_new_digest_is_published_when_every_live_replica_has_prepared_it() -> 
     state.desire(desired(TWO), 1.0)
     orders = state.sync(report("a", ONE), 1.0)
     assert orders.prepare == (ONE, TWO)  # what is served comes first
-    assert "0 of 2 replicas" in orders.held[ROUTE]
+    assert "0 of 2 engines" in orders.held[ROUTE]
     assert state.sync(report("a", ONE, TWO), 2.0).table.routes[ROUTE] == ((ONE.digest, 1.0),)
     orders = state.sync(report("b", ONE, TWO), 2.1)
     assert orders.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
@@ -185,8 +185,8 @@ def test_a_gateway_learns_what_the_engines_have_and_the_table_waits_for_all_of_t
     assert orders.known == {ONE.digest: known(ONE.digest)}
     assert state.sync(gateway(ONE), 0.0).table.routes == {ROUTE: ((ONE.digest, 1.0),)}
     state.desire(desired(TWO), 1.0)
-    state.sync(engine("e1", ONE, TWO), 1.0)
     state.sync(engine("e2", ONE), 1.0)
+    state.sync(engine("e1", ONE, TWO), 1.0)
     orders = state.sync(gateway(ONE, TWO), 1.0)
     assert (orders.num_engines, set(orders.known)) == (2, {ONE.digest, TWO.digest})
     assert orders.table.routes[ROUTE] == ((ONE.digest, 1.0),)  # e2 could not answer yet

@@ -52,6 +52,12 @@ def channels(spec: Spec) -> int:
     return sum(math.prod(lead) for lead in leads(spec).values())
 
 
+def units(spec: Spec, inputs: Mapping[str, F32]) -> int:
+    """By what a run's cost is counted: input pixels of a function of pictures, samples of any other."""
+    shape = inputs[spec.inputs[0].name].shape
+    return int(math.prod((shape[0], *shape[-2:])) if spec.kind in ("transform", "burst") else shape[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Known:
     """What is known of a loaded model where it is not: enough to cut pictures for it and to say what they cost."""
@@ -59,8 +65,7 @@ class Known:
     card: ModelCard
     digest: str
     provider: str
-    seconds_per_px: float = 0.0
-    seconds_per_sample: float = 0.0
+    seconds_per_unit: float = 0.0  # `units` says which
 
 
 @dataclass(eq=False)
@@ -68,8 +73,7 @@ class Model:
     """A session and what it has been seen to cost."""
 
     session: Session
-    seconds_per_px: float = 0.0  # of tiles, by input pixel
-    seconds_per_sample: float = 0.0  # of calls
+    seconds_per_unit: float = 0.0
 
     @property
     def known(self) -> Known:
@@ -78,8 +82,7 @@ class Model:
             card=s.card,
             digest=s.digest,
             provider=s.provider,
-            seconds_per_px=self.seconds_per_px,
-            seconds_per_sample=self.seconds_per_sample,
+            seconds_per_unit=self.seconds_per_unit,
         )
 
 
@@ -119,12 +122,17 @@ class Job(ABC):
 
     @property
     @abstractmethod
+    def item_units(self) -> int:
+        """`units` of one item."""
+
+    @property
     def item_s(self) -> float:
         """Estimated device time of one item."""
+        return self.item_units * self.model.seconds_per_unit
 
-    @abstractmethod
     def learn(self, item_s: float) -> None:
         """Correct the estimate by one measurement."""
+        self.model.seconds_per_unit += 0.2 * (item_s / self.item_units - self.model.seconds_per_unit)
 
     @property
     def waiting_s(self) -> float:
@@ -157,17 +165,9 @@ class TileJob(Job):
         return id(self.model), self.tiles[0].shape
 
     @property
-    def tile_px(self) -> int:
-        """Input pixels of one tile."""
+    def item_units(self) -> int:
         height, width, _ = self.tiles[0].shape
         return int(height * width)
-
-    @property
-    def item_s(self) -> float:
-        return self.tile_px * self.model.seconds_per_px
-
-    def learn(self, item_s: float) -> None:
-        self.model.seconds_per_px += 0.2 * (item_s / self.tile_px - self.model.seconds_per_px)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -186,15 +186,8 @@ class CallJob(Job):
         return (id(self),)
 
     @property
-    def samples(self) -> int:
-        return max(len(value) for value in self.inputs.values())
-
-    @property
-    def item_s(self) -> float:
-        return self.samples * self.model.seconds_per_sample
-
-    def learn(self, item_s: float) -> None:
-        self.model.seconds_per_sample += 0.2 * (item_s / self.samples - self.model.seconds_per_sample)
+    def item_units(self) -> int:
+        return units(self.model.session.card.spec, self.inputs)
 
 
 Item = tuple[Job, int]

@@ -40,6 +40,7 @@ from rayscale.serve.batching import (
     channels,
     execute,
     too_late,
+    units,
 )
 
 Load = Callable[[Path, str], Session]
@@ -165,10 +166,10 @@ class Runner(Protocol):
     def forget(self, digest: str) -> None: ...
     def known(self) -> dict[str, Known]: ...
     def backlog_s(self) -> float: ...
-    def cost_s(self, digest: str, pixels: int) -> float: ...
+    def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
     async def call(
-        self, digest: str, inputs: Mapping[str, F32], *, deadline: float
+        self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
     ) -> tuple[dict[str, F32], Timing]: ...
     def close(self) -> None: ...
 
@@ -230,9 +231,9 @@ class Engine:
         with self._wake:
             return self._queue.cost_s() + max(0.0, self._busy_until - time.monotonic())
 
-    def cost_s(self, digest: str, pixels: int) -> float:
-        """Estimated device time of so many input pixels."""
-        return pixels * self._model(digest).seconds_per_px
+    def cost_s(self, digest: str, units: int) -> float:
+        """Estimated device time of so many input pixels (functions of pictures) or samples (others)."""
+        return units * self._model(digest).seconds_per_unit
 
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float, owner: str = "") -> Timing:
         """Run tiles u8[h, w, c] of one shape and hand each result u8[h * scale, w * scale, 3] to `place`.
@@ -252,14 +253,16 @@ class Engine:
             raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
         return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner))
 
-    async def call(self, digest: str, inputs: Mapping[str, F32], *, deadline: float) -> tuple[dict[str, F32], Timing]:
+    async def call(
+        self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
+    ) -> tuple[dict[str, F32], Timing]:
         """Run a function of any kind once, by the names of its card, in turn with all that waits.
 
         Raises: ConfigError for inputs unlike the card's; otherwise as `run`.
         """
         model = self._model(digest)
         artifact.bind(model.session.card, {name: value.shape for name, value in inputs.items()})
-        job = CallJob(model=model, inputs=inputs, deadline=deadline)
+        job = CallJob(model=model, inputs=inputs, deadline=deadline, owner=owner)
         timing = await self._finish(job)
         return job.outputs, timing
 
@@ -350,10 +353,7 @@ def _measure(model: Model, settings: EngineSettings) -> Model:
     for _ in range(2):
         started = time.monotonic()
         model.session.run(probe)
-    model.seconds_per_sample = time.monotonic() - started
-    if spec.kind in ("transform", "burst"):
-        height, width = probe[spec.inputs[0].name].shape[-2:]
-        model.seconds_per_px = model.seconds_per_sample / (height * width)
+    model.seconds_per_unit = (time.monotonic() - started) / units(spec, probe)
     return model
 
 

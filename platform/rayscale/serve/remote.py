@@ -21,7 +21,7 @@ import numpy as np
 from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
-from rayscale.serve.batching import F32, U8, Known, Place, Timing, too_late
+from rayscale.serve.batching import F32, U8, Known, Place, Timing, too_late, units
 from rayscale.serve.engine import Engine, EngineSettings
 
 CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; gRPC refuses 4 MiB
@@ -76,7 +76,7 @@ async def answer(engine: Engine, name: str, chunk: Chunk) -> Reply:
         if isinstance(chunk.body, np.ndarray):
             body, timing = await _run_tiles(engine, chunk, deadline)
         else:
-            body, timing = await engine.call(chunk.digest, chunk.body, deadline=deadline)
+            body, timing = await engine.call(chunk.digest, chunk.body, deadline=deadline, owner=chunk.request)
     except RayscaleError as error:
         body = error
     return Reply(
@@ -135,8 +135,9 @@ class RemoteEngine:
         self._known: dict[str, Known] = {}
         self._digests: frozenset[str] = frozenset()
         self._num_engines = 0
-        self._waiting_s: dict[str, float] = {}  # request -> estimated device time of what it waits for
+        self._waiting_s: dict[object, float] = {}  # by request or call, estimated device time of what it waits for
         self._backlogs: dict[str, tuple[float, float]] = {}  # engine -> (seconds, when it said so)
+        self._calls = itertools.count()
         self._closed = False
 
     # models
@@ -167,9 +168,9 @@ class RemoteEngine:
 
     # requests
 
-    def cost_s(self, digest: str, pixels: int) -> float:
-        """Estimated device time of so many input pixels."""
-        return pixels * self.session(digest).seconds_per_px
+    def cost_s(self, digest: str, units: int) -> float:
+        """As `Engine.cost_s`."""
+        return units * self.session(digest).seconds_per_unit
 
     def backlog_s(self) -> float:
         """Estimated seconds until an engine is free: what they said lately, and at least what was asked from here."""
@@ -198,31 +199,34 @@ class RemoteEngine:
             await _place(reply.body, start, place)
             timings.append(reply.timing)
 
-        began, tile_s = time.monotonic(), height * width * known.seconds_per_px
+        began, tile_s = time.monotonic(), height * width * known.seconds_per_unit
         with self._waiting(request, tile_s * len(tiles)):
             await _all(one, len(starts), self._window)
         run_s = sum(timing.run_s for timing in timings)
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
 
-    async def call(self, digest: str, inputs: Mapping[str, F32], *, deadline: float) -> tuple[dict[str, F32], Timing]:
+    async def call(
+        self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
+    ) -> tuple[dict[str, F32], Timing]:
         """As `Engine.call`. Raises: as it, and when two engines died of it."""
         known = self.session(digest)
         sizes = artifact.bind(known.card, {name: value.shape for name, value in inputs.items()})
-        chunk = Chunk(request=uuid.uuid4().hex, index=0, digest=digest, left_s=0.0, body=dict(inputs))
+        chunk = Chunk(
+            request=owner or uuid.uuid4().hex, index=next(self._calls), digest=digest, left_s=0.0, body=dict(inputs)
+        )
         large = max(sum(value.nbytes for value in inputs.values()), _output_bytes(known, sizes)) > CHUNK_BYTES
-        cost_s = known.seconds_per_sample * max(len(value) for value in inputs.values())
-        with self._waiting(chunk.request, cost_s):
+        with self._waiting(chunk.index, known.seconds_per_unit * units(known.card.spec, inputs)):
             reply = await self._ask(chunk, deadline, large)
         assert isinstance(reply.body, Mapping)
         return dict(reply.body), reply.timing
 
     @contextmanager
-    def _waiting(self, request: str, cost_s: float) -> Iterator[None]:
-        self._waiting_s[request] = cost_s
+    def _waiting(self, key: object, cost_s: float) -> Iterator[None]:
+        self._waiting_s[key] = cost_s
         try:
             yield
         finally:
-            del self._waiting_s[request]
+            del self._waiting_s[key]
 
     async def _ask(self, chunk: Chunk, deadline: float, large: bool) -> Reply:
         """One chunk, asked again where an engine died of it or had to decline. Raises: RayscaleError."""

@@ -153,12 +153,12 @@ class Rollout:
         return {route: r for route, r in desired.items() if self.table.routes.get(route) != ((r.digest, 1.0),)}
 
     def _why(self, release: Release) -> str:
-        reports = [report for _, report in self._replicas.values()]
+        reports = [report for _, report in self._replicas.values() if report.runs]
         for report in reports:
             if release.digest in report.failed and release.digest not in report.prepared:
                 return f"{release} is refused: {report.failed[release.digest]}"
         ready = sum(release.digest in report.prepared for report in reports)
-        return f"{release} is being prepared: {ready} of {len(reports)} replicas are ready"
+        return f"{release} is being prepared: {ready} of {len(reports)} engines are ready"
 
     def _prepare(self) -> tuple[Release, ...]:
         """Routes first (a new replica's way to readiness), then what is pending, then what stays warm."""
@@ -176,8 +176,9 @@ class Rollout:
         followed = {*self._desired.routes, *self.held()}
         routes = {route: shares for route, shares in self.table.routes.items() if route in followed}
         moved = {}
-        if self._replicas and now >= self._publish_from:
-            ready = frozenset.intersection(*(report.prepared for _, report in self._replicas.values()))
+        engines = [report for _, report in self._replicas.values() if report.runs]
+        if engines and now >= self._publish_from:
+            ready = frozenset.intersection(*(engine.prepared for engine in engines))
             moved = {route: release for route, release in self._pending().items() if release.digest in ready}
         routes |= {route: ((release.digest, 1.0),) for route, release in moved.items()}
         if routes == self.table.routes:
