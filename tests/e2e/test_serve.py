@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -47,14 +48,17 @@ assert not any(name.startswith("rayscale") for name in sys.modules)
 def test_every_config_is_one_that_serve_takes(path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from rayscale.serve.app import AppArgs, GatewayDeployment, RolloutDeployment
+    from rayscale.serve.app import AppArgs, EngineDeployment, GatewayDeployment, RolloutDeployment
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     for application in config.applications:
         assert application.import_path == "rayscale.serve.app:build"
-        AppArgs.model_validate(application.args)
+        args = AppArgs.model_validate(application.args)
         named = {d.name for d in application.deployments}
-        assert named == {GatewayDeployment.name, RolloutDeployment.name}
+        engines = {EngineDeployment.name} if args.engines.tiers == "two" else set()
+        assert named == {GatewayDeployment.name, RolloutDeployment.name, *engines}
+        for deployment in application.deployments:  # what is in flight may end
+            assert deployment.name == "Rollout" or deployment.graceful_shutdown_timeout_s >= args.timeout_s
 
 
 def test_a_wrong_argument_is_one_line() -> None:
@@ -63,6 +67,10 @@ def test_a_wrong_argument_is_one_line() -> None:
     with pytest.raises(ConfigError) as unknown:
         AppArgs.model_validate({"modles": ["x"]})
     assert str(unknown.value) == "args.modles=['x']: no such argument; did you mean 'models'?"
+    with pytest.raises(ConfigError, match=r"args.engines.windw=2: no such argument; did you mean 'window'\?"):
+        AppArgs.model_validate({"engines": {"tiers": "two", "windw": 2}})
+    with pytest.raises(ConfigError, match="no effect with one tier"):
+        AppArgs.model_validate({"engines": {"window": 2}})
     for wrong in ({"timeout_s": 0}, {"device": "tpu"}, {"models": []}, {"max_bytes": "many"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))) as error:
             AppArgs.model_validate(wrong)
@@ -120,9 +128,11 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def served(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The shipped local.yaml with a port, a registry and folders of its own, started by Ray's own command."""
+@pytest.fixture(scope="module", params=["local", pytest.param("staging", marks=pytest.mark.long)])
+def served(
+    request: pytest.FixtureRequest, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A shipped config with a port, a registry and folders of its own, started by Ray's own command."""
     from ray import serve
 
     folder = tmp_path_factory.mktemp("serve")
@@ -130,8 +140,8 @@ def served(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    config = yaml.safe_load((ROOT / "serve_configs" / "local.yaml").read_text())
-    config["http_options"]["port"] = port
+    config = yaml.safe_load((ROOT / "serve_configs" / f"{request.param}.yaml").read_text())
+    config["http_options"] |= {"port": port, "host": "127.0.0.1"}
     config["applications"][0]["args"] |= {
         "tracking_uri": tracking_uri,
         "state_uri": str(folder / "state"),
@@ -275,3 +285,58 @@ def test_serving_goes_on_without_the_rollout_and_follows_again(served: Served) -
     served.promote(new)
     served.wait_for(new.digest)
     assert httpx.get(f"{served.url}/v1/models").json()["generation"] == generation + 1  # the kept table went on
+
+
+# --- two tiers under fire
+
+
+def engine_pids(url: str) -> set[int]:
+    """Of the engines' processes, as Ray lists them."""
+    import ray
+    from ray.util.state import list_actors
+
+    assert ray.is_initialized()
+    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    return {actor.pid for actor in actors if "#Engine#" in (actor.name or "")}
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_killed_engines_cost_no_request(served: Served) -> None:
+    served.promote(served.versions[0])
+    served.wait_for(served.versions[0].digest)
+    pictures = [photo(*size) for size in ((16, 16), (60, 200), (1700, 1600))]  # 1 KB, 36 KB, 8 MB
+    bodies = [png(p) for p in pictures]
+    assert len(bodies[-1]) > 8_000_000
+    wanted = [served.upscale(p).content for p in pictures]
+    seen: list[tuple[int, int, bool, str]] = []
+    stop = threading.Event()
+
+    def load(which: int, pause_s: float) -> None:
+        with httpx.Client(timeout=90) as client:
+            while not stop.is_set():
+                answer = client.post(f"{served.url}/v1/upscale", content=bodies[which])
+                right = answer.content == wanted[which]
+                seen.append((which, answer.status_code, right, "" if right else answer.text[:300]))
+                stop.wait(pause_s)
+
+    threads = [threading.Thread(target=load, args=args) for args in [(0, 0.1)] * 2 + [(1, 0.2), (2, 0.5)]]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            before = engine_pids(served.url)
+            os.kill(min(before), signal.SIGKILL)
+            until(lambda before=before: len(engine_pids(served.url) - before) >= 1)  # type: ignore[misc]
+            time.sleep(1.0)
+        for pid in engine_pids(served.url):  # and all of them at once
+            os.kill(pid, signal.SIGKILL)
+        count = len(seen)
+        until(lambda: len(seen) > count + 20)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {which for which, *_ in seen} == {0, 1, 2}
+    assert [entry for entry in seen if entry[1:3] != (200, True)] == []
