@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -86,7 +86,7 @@ def read_header(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> H
 
     Raises: ImageError (empty, broken, too small), MediaTypeError (unknown format), TooLargeError.
     """
-    return _open(data, limits, name)[1]
+    return open_lazily(data, limits, name)[1]
 
 
 def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image", *, allow_lossy: bool = True) -> U8:
@@ -97,12 +97,12 @@ def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image", *, al
 
     Raises: as `read_header`; ImageError for truncated or damaged pixels too.
     """
-    picture, header, orientation = _open(data, limits, name)
+    picture, header, orientation = open_lazily(data, limits, name)
     if not allow_lossy:
         _refuse_lossy(header, name)
     _check_bits(header, name)
-    with _hostile(name, header.format):
-        pixels = np.ascontiguousarray(_UPRIGHT[orientation](_to_rgb(picture)))
+    with hostile(name, header.format):
+        pixels = np.ascontiguousarray(UPRIGHT[orientation](_to_rgb(picture)))
         if pixels.shape != (header.height, header.width, 3):
             raise ValueError("pixels do not match the header")
     return pixels
@@ -113,15 +113,15 @@ def decode_gray(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> t
 
     For JPEG half the work: no chroma is transformed. Raises: as `decode_rgb`.
     """
-    picture, header, orientation = _open(data, limits, name)
+    picture, header, orientation = open_lazily(data, limits, name)
     _check_bits(header, name)
-    with _hostile(name, header.format):
+    with hostile(name, header.format):
         if header.mode == "RGB" and not header.alpha:
             picture.draft("L", None)
             gray = np.asarray(picture.convert("L"))
         else:
             gray = cv2.cvtColor(_to_rgb(picture), cv2.COLOR_RGB2GRAY)
-        gray = np.ascontiguousarray(_UPRIGHT[orientation](gray))
+        gray = np.ascontiguousarray(UPRIGHT[orientation](gray))
         if gray.shape != (header.height, header.width):
             raise ValueError("pixels do not match the header")
     return gray, header
@@ -132,7 +132,7 @@ def _check_bits(header: Header, name: str) -> None:
         raise ImageError(name, f"{header.bits} bits", "at most 16 bits per sample are read", "convert it to 8 bits")
 
 
-def _open(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, int]:
+def open_lazily(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, int]:
     """Pillow's lazy picture, its header and its EXIF orientation (1..8), within the limits."""
     if not data:
         raise ImageError(name, "0 bytes", "there is nothing in it", _SEND)
@@ -142,7 +142,7 @@ def _open(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, in
     kind = _sniff(data, name)
     if kind == "webp":  # its reader allocates the canvas at once
         _check_size(*_webp_size(data), limits, name)
-    with _hostile(name, kind):
+    with hostile(name, kind):
         bits = _bits(kind, data)  # first, as Pillow reads a PPM's comments however long they are
         picture = _READERS[kind](io.BytesIO(data))
         frames, orientation = _frames(picture), _orientation(picture)
@@ -156,7 +156,7 @@ def _open(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, in
 
 
 @contextmanager
-def _hostile(name: str, kind: Format) -> Iterator[None]:
+def hostile(name: str, kind: Format) -> Iterator[None]:
     """Turns what codecs raise on damaged bytes, which can be anything, into ImageError."""
     try:
         yield
@@ -202,11 +202,16 @@ def _bits(kind: Format, data: bytes) -> int:
     if kind == "png":
         return data[24]  # IHDR
     if kind == "ppm":
-        header = _PPM_HEADER.match(data[:4096])
-        if not header:
-            raise ValueError("no PPM header in the first 4096 bytes")
-        return 16 if int(header[3]) > 255 else 8
+        return 16 if ppm_header(data)[1] > 255 else 8
     return 8
+
+
+def ppm_header(data: bytes) -> tuple[int, int]:
+    """(where the samples start, the highest level). Raises: ValueError."""
+    header = _PPM_HEADER.match(data[:4096])
+    if not header:
+        raise ValueError("no PPM header in the first 4096 bytes")
+    return header.end(), int(header[3])
 
 
 def _frames(picture: ImageFile) -> int:
@@ -225,10 +230,10 @@ def _orientation(picture: ImageFile) -> int:
         value = int(exif.get(274, 1))
     except Exception:  # a broken EXIF block does not make the picture unusable
         return 1
-    return value if value in _UPRIGHT else 1
+    return value if value in UPRIGHT else 1
 
 
-_UPRIGHT: dict[int, Callable[[U8], U8]] = {  # EXIF orientation -> what turns the stored picture upright
+UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # EXIF orientation -> what turns the stored picture upright
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -264,8 +269,10 @@ def _to_rgb(picture: ImageFile) -> U8:
 _LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383, "png": 2**31 - 1}  # what the formats can hold
 
 
-def encode(hwc_u8: U8, media: Media, quality: int = 95) -> bytes:
+def encode(hwc: NDArray[Any], media: Media, quality: int = 95) -> bytes:
     """Encode u8[h, w, 3]. quality 1..100 is for JPEG (4:4:4 from 90 on) and WebP; PNG is lossless.
+
+    PNG and WebP also take alpha, u8[h, w, 4], and PNG u16.
 
     Raises: ConfigError (media, quality), TooLargeError where the format cannot hold such a side.
     """
@@ -273,20 +280,26 @@ def encode(hwc_u8: U8, media: Media, quality: int = 95) -> bytes:
         raise ConfigError("media", media, "must be png, jpeg or webp", "choose one of them")
     if not 1 <= quality <= 100:
         raise ConfigError("quality", quality, "must be in 1..100", "try 95")
-    height, width = hwc_u8.shape[:2]
-    if max(height, width) > _LONGEST_SIDE[media]:
-        rule = f"{media} holds at most {_LONGEST_SIDE[media]} px a side"
-        raise TooLargeError("media", f"{media}, {width}x{height}", rule, "ask for png")
+    height, width, channels = hwc.shape
+    check_side(height, width, media)
     settings: list[int] = []
     if media == "jpeg":
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if quality >= 90 else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
         settings = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     elif media == "webp":
         settings = [cv2.IMWRITE_WEBP_QUALITY, quality]
-    done, encoded = cv2.imencode(f".{media}", cv2.cvtColor(hwc_u8, cv2.COLOR_RGB2BGR), settings)
+    order = cv2.COLOR_RGBA2BGRA if channels == 4 else cv2.COLOR_RGB2BGR
+    done, encoded = cv2.imencode(f".{media}", cv2.cvtColor(hwc, order), settings)
     if not done:
         raise ImageError("media", f"{media}, {width}x{height}", "the encoder refused it", "ask for png")
     return bytes(encoded.data)
+
+
+def check_side(height: int, width: int, media: Media) -> None:
+    """Raises: TooLargeError where the format cannot hold such a side."""
+    if max(height, width) > _LONGEST_SIDE[media]:
+        rule = f"{media} holds at most {_LONGEST_SIDE[media]} px a side"
+        raise TooLargeError("media", f"{media}, {width}x{height}", rule, "ask for png")
 
 
 def to_nchw_f32(hwc_u8: U8) -> F32:

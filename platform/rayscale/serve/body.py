@@ -1,0 +1,199 @@
+"""What a request carries: a picture as the body itself, parts of a form, or JSON with base64. Bounded before read."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.exceptions import HTTPException
+
+from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError, nearest
+
+T = TypeVar("T")
+
+FORM, JSON = "multipart/form-data", "application/json"
+_BESIDE = 64 << 10  # bytes of names, headers and punctuation around the pictures
+_SHOW = "e.g. curl --data-binary @photo.jpg, or curl -F image=@photo.jpg"
+
+Parts = Mapping[str, list[bytes]]
+"""Encoded pictures by the name of their part, in the order they came."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A body as it came, and its Content-Type. Splitting it takes time: not on an event loop."""
+
+    data: bytes
+    content_type: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.content_type.partition(";")[0].strip().lower()
+
+    def parts(self, most: Mapping[str, int]) -> Parts:
+        """The pictures by name; `most` says which names there may be, how often, and first what a raw body is.
+
+        Raises: ConfigError (no such part, too many, broken JSON), MediaTypeError, ImageError for broken base64.
+        """
+        if self.kind == FORM:
+            found = _form(self.data, self.content_type)
+        elif self.kind == JSON:
+            found = [(name, _from_base64(name, text)) for name, text in _texts(self.json())]
+        else:
+            found = [(next(iter(most)), self.data)]
+        parts: dict[str, list[bytes]] = {}
+        for name, data in found:
+            if name not in most:
+                raise ConfigError("body", name, "there is no such part", nearest(name, most))
+            parts.setdefault(name, []).append(data)
+            if len(parts[name]) > most[name]:
+                raise ConfigError("body", name, f"at most {most[name]} are read", "send fewer")
+        return parts
+
+    def json(self) -> dict[str, Any]:
+        """Raises: ConfigError for what is no JSON object."""
+        try:
+            value = json.loads(self.data)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("body", error, "is no JSON", "send an object, as /docs shows") from None
+        if not isinstance(value, dict):
+            raise ConfigError("body", type(value).__name__, "must be a JSON object", "see /docs")
+        return value
+
+
+def only(parts: Parts, name: str) -> bytes:
+    """The one part of that name. Raises: ConfigError."""
+    if name not in parts:
+        raise ConfigError("body", ", ".join(parts) or "(nothing)", f"has no {name}", _SHOW)
+    return parts[name][0]
+
+
+def _texts(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for name, texts in value.items():
+        for text in texts if isinstance(texts, list) else [texts]:
+            if not isinstance(text, str):
+                raise ConfigError(f"body.{name[:80]}", type(text).__name__, "must be base64 in a string",
+                                  "settings stand in the query")  # fmt: skip
+            found.append((name, text))
+    return found
+
+
+def _from_base64(name: str, text: str) -> bytes:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(name, error, "is no base64", "send the picture's bytes as standard base64") from None
+
+
+def _form(data: bytes, content_type: str) -> list[tuple[str, bytes]]:
+    """Every part by its name. The parser keeps to the standard: nothing is guessed."""
+    boundary = parse_options_header(content_type.encode())[1].get(b"boundary", b"")
+    if not boundary:
+        raise MediaTypeError("Content-Type", content_type, "names no boundary", _SHOW)
+    parts: list[tuple[str, bytes]] = []
+    field, value, disposition = bytearray(), bytearray(), b""
+    pieces: list[bytes] = []
+    ended = False
+
+    def header() -> None:
+        nonlocal disposition
+        if bytes(field).lower() == b"content-disposition":
+            disposition = bytes(value)
+        field.clear()
+        value.clear()
+
+    def begin() -> None:
+        nonlocal disposition
+        disposition = b""
+        pieces.clear()
+
+    def end() -> None:
+        name = parse_options_header(disposition)[1].get(b"name", b"").decode("utf-8", "replace")
+        parts.append((name, b"".join(pieces)))
+
+    def whole() -> None:
+        nonlocal ended
+        ended = True
+
+    parser = None
+    try:
+        parser = MultipartParser(boundary, {
+            "on_part_begin": begin, "on_part_data": lambda d, i, j: pieces.append(d[i:j]), "on_part_end": end,
+            "on_header_field": lambda d, i, j: field.extend(d[i:j]),
+            "on_header_value": lambda d, i, j: value.extend(d[i:j]), "on_header_end": header, "on_end": whole,
+        })  # fmt: skip
+        parser.write(data)
+        parser.finalize()
+    except FormParserError as error:
+        raise ConfigError("body", error, "is no multipart form", _SHOW) from None
+    if not ended:
+        raise ConfigError("body", f"{len(data)} bytes", "the form's last boundary is missing", "send the whole of it")
+    return parts
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
+    """The whole body, of at most `max_bytes` of pictures.
+
+    Raises: TooLargeError, before reading it where its length is declared; MediaTypeError; HTTPException 408.
+    """
+    if encoding := request.headers.get("content-encoding"):
+        raise MediaTypeError("Content-Encoding", encoding, "bodies are not compressed", "send the picture as it is")
+    body = Body(b"", request.headers.get("content-type", ""))
+    if body.kind.startswith("multipart/") and body.kind != FORM:
+        raise MediaTypeError("Content-Type", body.kind, f"of multipart, {FORM} is read", _SHOW)
+    if body.kind == FORM:
+        max_bytes += _BESIDE
+    elif body.kind == JSON:
+        max_bytes += max_bytes // 3 + _BESIDE
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_long(int(declared), max_bytes)
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_long(size, max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        rule = f"the body did not arrive within {timeout_s:.0f} s"
+        raise HTTPException(408, f"body: {rule}; send a smaller file") from None
+    return Body(b"".join(chunks), body.content_type)
+
+
+def _too_long(size: int, max_bytes: int) -> TooLargeError:
+    return TooLargeError("body", f"{size} bytes", f"at most {max_bytes} bytes are read", "send a smaller file")
+
+
+class ClientGone(Exception):  # noqa: N818 - no error of ours
+    """Nobody waits for the answer any more."""
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """`work`, cancelled when the client hangs up. The body must have been read. Raises: ClientGone."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
