@@ -233,7 +233,9 @@ def _orientation(picture: ImageFile) -> int:
     return value if value in UPRIGHT else 1
 
 
-UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # EXIF orientation -> what turns the stored picture upright
+UPRIGHT: dict[
+    int, Callable[[NDArray[Any]], NDArray[Any]]
+] = {  # EXIF orientation -> what turns the stored picture upright
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],

@@ -54,12 +54,14 @@ def to_u8(samples: Samples) -> U8:
     """u16 rounded to the nearest of the 256 levels; u8 as it is."""
     if samples.dtype == np.uint8:
         return samples
-    return np.asarray((samples.astype(np.uint32) + 128) // 257, np.uint8)
+    rounded: U8 = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return rounded
 
 
 def to_u16(unit_f32: F32) -> Samples:
     """[0, 1] -> uint16, rounded half to even, clipped."""
-    return np.clip(np.rint(unit_f32 * np.float32(65535)), 0, 65535).astype(np.uint16)
+    samples: Samples = np.clip(np.rint(unit_f32 * np.float32(65535)), 0, 65535).astype(np.uint16)
+    return samples
 
 
 # Reading
@@ -175,7 +177,8 @@ def enlarged(plane: Samples, scale: int) -> Samples:
         return plane
     height, width = plane.shape
     wide = Image.fromarray(plane.astype(np.float32)).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    return np.rint(np.asarray(wide)).clip(0, np.iinfo(plane.dtype).max).astype(plane.dtype)
+    found: Samples = np.rint(np.asarray(wide)).clip(0, np.iinfo(plane.dtype).max).astype(plane.dtype)
+    return found
 
 
 def adjusted(rgb: Samples, *, contrast: float = 1.0, sharpen: float = 0.0) -> Samples:
@@ -205,7 +208,7 @@ def encode(picture: Picture, media: Media, quality: int = 95) -> bytes:
         return _with_png_profile(imaging.encode(samples, media, quality), picture.icc)
     if not picture.icc:
         return imaging.encode(to_u8(samples), media, quality)
-    imaging.check_side(*samples.shape[:2], media)
+    imaging.check_side(samples.shape[0], samples.shape[1], media)
     buffer = io.BytesIO()
     Image.fromarray(to_u8(samples)).save(buffer, "WEBP", quality=quality, icc_profile=picture.icc)
     return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,12 +79,16 @@ def timing_header(spans: Mapping[str, float]) -> str:
     return ", ".join(f"{name};dur={1e3 * span:.1f}" for name, span in spans.items())
 
 
-async def respond(gateway: Gateway, request: Request, work: Any) -> Response:
-    """Read the body within the limits, have `work(body)` answer it, stop when the client hangs up."""
+Work = Callable[[Body], Coroutine[Any, Any, Answer]]
+
+
+async def respond(gateway: Gateway, request: Request, work: Work, body: Body | None = None) -> Response:
+    """Have `work` answer the body, read within the limits where it is not given; stop when the client hangs up."""
     settings = gateway.settings
-    body: Body = await read_body(request, settings.limits.max_bytes, settings.timeout_s)
+    if body is None:
+        body = await read_body(request, settings.limits.max_bytes, settings.timeout_s)
     try:
-        answer: Answer = await while_connected(request, work(body))
+        answer = await while_connected(request, work(body))
     except ClientGone:
         log.info("request %s: the client hung up", request.scope["rayscale.request_id"])
         return Response(status_code=problems.CLIENT_GONE)

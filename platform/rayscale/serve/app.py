@@ -30,9 +30,10 @@ from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.observe import log, setup_logging
 from rayscale.serve import follower, remote, rollout
+from rayscale.serve.api import create_app
 from rayscale.serve.engine import Engine, EngineSettings, Runner
 from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
-from rayscale.serve.gateway import Gateway, GatewaySettings, create_app
+from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.meters import RayMeters
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
 from rayscale.serve.rollout import Desired, Orders, Report

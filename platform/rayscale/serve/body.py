@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,17 +46,10 @@ class Body:
         if self.kind == FORM:
             found = _form(self.data, self.content_type)
         elif self.kind == JSON:
-            found = [(name, _from_base64(name, text)) for name, text in _texts(self.json())]
+            return json_parts(self.json(), most)
         else:
             found = [(next(iter(most)), self.data)]
-        parts: dict[str, list[bytes]] = {}
-        for name, data in found:
-            if name not in most:
-                raise ConfigError("body", name, "there is no such part", nearest(name, most))
-            parts.setdefault(name, []).append(data)
-            if len(parts[name]) > most[name]:
-                raise ConfigError("body", name, f"at most {most[name]} are read", "send fewer")
-        return parts
+        return _gathered(found, most)
 
     def json(self) -> dict[str, Any]:
         """Raises: ConfigError for what is no JSON object."""
@@ -69,22 +62,34 @@ class Body:
         return value
 
 
-def only(parts: Parts, name: str) -> bytes:
-    """The one part of that name. Raises: ConfigError."""
-    if name not in parts:
-        raise ConfigError("body", ", ".join(parts) or "(nothing)", f"has no {name}", _SHOW)
-    return parts[name][0]
-
-
-def _texts(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+def json_parts(value: Mapping[str, Any], most: Mapping[str, int]) -> Parts:
+    """Base64 pictures of an object, one or a list of them a name. Raises: as `Body.parts`."""
     found = []
     for name, texts in value.items():
         for text in texts if isinstance(texts, list) else [texts]:
             if not isinstance(text, str):
                 raise ConfigError(f"body.{name[:80]}", type(text).__name__, "must be base64 in a string",
                                   "settings stand in the query")  # fmt: skip
-            found.append((name, text))
-    return found
+            found.append((name, _from_base64(name[:80], text)))
+    return _gathered(found, most)
+
+
+def _gathered(found: Iterable[tuple[str, bytes]], most: Mapping[str, int]) -> Parts:
+    parts: dict[str, list[bytes]] = {}
+    for name, data in found:
+        if name not in most:
+            raise ConfigError("body", name, "there is no such part", nearest(name, most))
+        parts.setdefault(name, []).append(data)
+        if len(parts[name]) > most[name]:
+            raise ConfigError("body", name, f"at most {most[name]} are read", "send fewer")
+    return parts
+
+
+def only(parts: Parts, name: str) -> bytes:
+    """The one part of that name. Raises: ConfigError."""
+    if name not in parts:
+        raise ConfigError("body", ", ".join(parts) or "(nothing)", f"has no {name}", _SHOW)
+    return parts[name][0]
 
 
 def _from_base64(name: str, text: str) -> bytes:

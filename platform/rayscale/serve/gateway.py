@@ -1,4 +1,4 @@
-"""What every route shares: the limits, which version answers, admission, and threads for what an event loop must not do.
+"""What all routes share: limits, which version answers, admission, threads for what an event loop must not do.
 
 The order of a request is the order of its cost: the model's name before the body, the declared length before the
 body, the body's size while it streams, headers before pixels, the engine's backlog before the decoding. No Ray here.
@@ -79,7 +79,7 @@ class Gateway:
     # models
 
     def resolve(self, model: str, role: Role, scale: int | None = None) -> Release:
-        """Which version answers, decided once per request: `name`, `name@alias`, `name:version`, or "" for any that fits.
+        """Which version answers, decided once per request: `name`, `name@alias`, `name:version`, or "" for what fits.
 
         Raises: MissingError for what is not served or not for this; ConfigError where several fit; BusyError.
         """

@@ -1,0 +1,91 @@
+"""What the OpenAPI page says of bodies, answers and headers that FastAPI cannot read off a signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rayscale.serve import problems
+from rayscale.serve.answers import MEDIA
+from rayscale.serve.body import FORM, JSON
+
+DESCRIPTION = """\
+Enlarges, restores, generates, embeds and compares pictures with quality-gated models. What is served is what was
+scored: a large picture is cut into tiles that give exactly the bytes of the untiled one, and an answer comes from one
+model version.
+
+    curl --data-binary @photo.jpg 'http://localhost:8000/v1/upscale' -o photo-x2.png
+    curl -F image=@photo.jpg -F mask=@holes.png 'http://localhost:8000/v1/restore?model=fill' -o filled.png
+    curl -d '{"seed": 7, "n": 4, "truncation": 0.7}' -H 'Accept: application/json' 'http://localhost:8000/v1/generate'
+    curl -F a=@one.jpg -F b=@two.jpg 'http://localhost:8000/v1/similarity'
+
+**Pictures in** are the body itself, a part `image` of a form, or base64 in JSON (`{"image": "..."}`): JPEG, PNG, WebP,
+TIFF, BMP or PPM. They are turned upright by their EXIF orientation; nothing else of EXIF is passed on.
+**Pictures out** are PNG, JPEG or WebP by `Accept`, or JSON with base64 for `Accept: application/json`.
+
+**What is kept**: an RGB colour profile goes into the answer (one of gray or CMYK is applied instead). Alpha is enlarged
+by bicubic; JPEG, which has none, is laid over white. A 16-bit picture goes through the model in float32 and comes back
+with 16 bits as PNG; `X-Rayscale-Bits` says what was written. Classical methods work on 8 bits.
+
+**Models** are named `name`, `name@alias` or `name:version`; without a name, the only one that fits the route answers.
+`/v1/models` lists them. `method` asks for a classical method instead, to compare with.
+
+Errors are `application/problem+json` (RFC 9457), with a request id; a 429 or 503 says when to come back.
+"""
+
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_BASE64 = {"type": "string", "format": "byte", "description": "base64 of an encoded picture"}
+
+HEADERS = {
+    "X-Request-Id": "the request's own id, or one that was made for it",
+    "X-Rayscale-Model": "name:version that answered, or classical:method",
+    "X-Rayscale-Digest": "SHA-256 of its artifact",
+    "X-Rayscale-Provider": "ONNX Runtime's execution provider",
+    "Server-Timing": "where the time went, in ms",
+}
+OF_PICTURES = {
+    "X-Rayscale-Tiling": "`whole`, or `tiled` and the number of tiles: the bytes are the same",
+    "X-Rayscale-Bits": "of the answer's samples: 8 or 16",
+}
+
+
+def headers(**more: str) -> dict[str, Any]:
+    """`more`: with _ for -."""
+    named = HEADERS | {name.replace("_", "-"): text for name, text in more.items()}
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in named.items()}
+
+
+def pictures_json(*facts: str) -> dict[str, Any]:
+    """The schema of pictures in JSON."""
+    texts = {name: {"type": "string"} for name in ("output_format", "model", *facts)}
+    entry = {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _BASE64}}
+    data = {"type": "array", "items": entry}
+    properties = {"created": {"type": "integer"}, **texts, "data": data}
+    return {"schema": {"type": "object", "required": ["created", "data"], "properties": properties}}
+
+
+def picture_answers(shown: Mapping[str, Any], json_schema: Mapping[str, Any], *errors: int) -> dict[int | str, Any]:
+    """The answers of a route that gives pictures."""
+    content = {**dict.fromkeys(MEDIA, BINARY), JSON: json_schema}
+    text = "The picture, in the format that `Accept` likes best (PNG by default)"
+    return {200: {"description": text, "content": content, "headers": shown}, **problems.responses(*errors)}
+
+
+def body(
+    parts: Mapping[str, str], *, raw: bool = True, required: tuple[str, ...] = ("image",), pairs: bool = False
+) -> dict[str, Any]:
+    """`requestBody` of a route that takes pictures; `parts`: what each is; `pairs`: or a list of them, in JSON."""
+    binary = {n: {"type": "string", "format": "binary", "description": text} for n, text in parts.items()}
+    base64 = {n: {**_BASE64, "description": text} for n, text in parts.items()}
+    shape = {"type": "object", "required": list(required)}
+    content: dict[str, Any] = {
+        FORM: {"schema": {**shape, "properties": binary}},
+        JSON: {"schema": {**shape, "properties": base64}},
+    }
+    if pairs:
+        single = content[JSON]["schema"]
+        many = {"type": "object", "required": ["pairs"], "properties": {"pairs": {"type": "array", "items": single}}}
+        content[JSON]["schema"] = {"oneOf": [single, many]}
+    if raw:
+        content = {**dict.fromkeys(("image/jpeg", "image/png", "image/webp", "image/*"), BINARY), **content}
+    return {"requestBody": {"required": True, "content": content}}

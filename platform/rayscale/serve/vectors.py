@@ -1,0 +1,153 @@
+"""Pictures as vectors, and how alike two pictures are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rayscale import imaging, picture
+from rayscale.contract import Spec
+from rayscale.errors import ConfigError, TooLargeError
+from rayscale.imaging import F32, U8
+from rayscale.serve.answers import Answer, timing_header
+from rayscale.serve.batching import Timing
+from rayscale.serve.body import JSON, Body, json_parts, only
+from rayscale.serve.gateway import Gateway
+from rayscale.serve.methods import Measure, applicable, compared
+from rayscale.serve.rollout import Release
+
+EMBED_PX = 512  # the longer side that a model of any size is shown, unless `side_px` says another
+
+
+async def embed(gateway: Gateway, body: Body, release: Release, side_px: int) -> Answer:
+    """A vector a picture, in their order."""
+    deadline = gateway.deadline()
+    pictures, decode_s = await gateway.codec(_decode_all, gateway, body, release, side_px)
+    rows: list[dict[str, Any]] = []
+    queue_s = run_s = 0.0
+    for index, nchw in enumerate(pictures):
+        outputs, timing = await _vector(gateway, release, nchw, deadline)
+        first, *others = [t.name for t in gateway.card(release, "embed").spec.outputs]
+        row = {"object": "embedding", "index": index, "embedding": outputs[first][0].tolist()}
+        rows.append({**row, **{name: outputs[name][0].tolist() for name in others}})
+        queue_s, run_s = queue_s + timing.queue_s, run_s + timing.run_s
+    gateway.meters.add("rayscale_queue_seconds", queue_s, model=release.name)
+    spans = {"decode": decode_s, "queue": queue_s, "infer": run_s}
+    headers = {**gateway.headers(release), "Server-Timing": timing_header(spans)}
+    value = {"object": "list", **gateway.about(release), "data": rows}
+    return Answer(body=json.dumps(value).encode(), media_type=JSON, headers=headers)
+
+
+async def _vector(gateway: Gateway, release: Release, nchw: F32, deadline: float) -> tuple[dict[str, F32], Timing]:
+    gateway.admit(0.0, deadline, "a picture")
+    name = gateway.card(release, "embed").spec.inputs[0].name
+    return await gateway.engine.call(release.digest, {name: nchw}, deadline=deadline)
+
+
+def _decode_all(gateway: Gateway, body: Body, release: Release, side_px: int) -> list[F32]:
+    """All headers before the first pixel."""
+    limits, spec = gateway.settings.limits, gateway.card(release, "embed").spec
+    parts = body.parts({"image": gateway.settings.max_items})
+    only(parts, "image")
+    for data in parts["image"]:
+        picture.check_kept(imaging.read_header(data, limits), "image")
+    return [shown(spec, picture.decode(data, limits).flat(), side_px) for data in parts["image"]]
+
+
+def shown(spec: Spec, rgb: U8, side_px: int) -> F32:
+    """u8[h, w, 3] -> f32[1, 3, h', w'] at a size that the model takes, bicubic: its own, or side_px square.
+
+    Without either, the picture's own, shrunk to `EMBED_PX`. Raises: ConfigError for a side that cannot be.
+    """
+    only_height, only_width = spec.inputs[0].shape[-2:]
+    height, width = rgb.shape[:2]
+    if isinstance(only_height, int) and isinstance(only_width, int):
+        if side_px:
+            rule = f"this model takes {only_width}x{only_height} px"
+            raise ConfigError("side_px", side_px, rule, "leave it out: pictures are brought there")
+        height, width = only_height, only_width
+    elif side_px:
+        if side_px % spec.align:
+            raise ConfigError("side_px", side_px, f"must be a multiple of {spec.align}", "round it")
+        height = width = side_px
+    else:
+        factor = min(1.0, EMBED_PX / max(height, width))
+        height, width = (max(1, round(s * factor / spec.align)) * spec.align for s in (height, width))
+    if rgb.shape[:2] != (height, width):
+        rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+    return imaging.to_nchw_f32(rgb)
+
+
+# Two pictures
+
+
+async def similarity(
+    gateway: Gateway, body: Body, release: Release | None, measures: Sequence[Measure], side_px: int
+) -> Answer:
+    """What each pair has in common. `measures`: none stands for all that apply; cosine is there with a `release`."""
+    deadline = gateway.deadline()
+    pairs, read_s = await gateway.codec(_read_pairs, gateway, body)
+    rows: list[dict[str, Any]] = []
+    spans = {"decode": read_s, "compare": 0.0, "queue": 0.0, "infer": 0.0}
+    for index, pair in enumerate(pairs):
+        (a, b, found), seconds = await gateway.slow(_compare, gateway, pair, measures)
+        spans["compare"] += seconds
+        if release is not None:
+            vectors = []
+            for rgb in (a, b):
+                nchw, _ = await gateway.codec(shown, gateway.card(release, "embed").spec, rgb, side_px)
+                outputs, timing = await _vector(gateway, release, nchw, deadline)
+                vectors.append(outputs[gateway.card(release, "embed").spec.outputs[0].name][0].astype(np.float64))
+                spans["queue"], spans["infer"] = spans["queue"] + timing.queue_s, spans["infer"] + timing.run_s
+            found["cosine"] = cosine(*vectors)
+        rows.append({"index": index, **found})
+    headers = {"Server-Timing": timing_header(spans)}
+    value: dict[str, Any] = {"object": "list", "data": rows}
+    if release is not None:
+        headers, value = headers | gateway.headers(release), value | gateway.about(release)
+    return Answer(body=json.dumps(value).encode(), media_type=JSON, headers=headers)
+
+
+def cosine(a: Any, b: Any) -> float | None:
+    """Of the angle between two vectors, -1 .. 1; None where one has no direction."""
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.clip(a @ b / length, -1, 1)) if length else None
+
+
+def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
+    """`a` and `b` of a form or an object, or the object's list `pairs`; their headers are within the limits."""
+    most = gateway.settings.max_items
+    if body.kind == JSON and "pairs" in (value := body.json()):
+        entries = value["pairs"] if isinstance(value["pairs"], list) and len(value) == 1 else []
+        if not entries or not all(isinstance(e, dict) for e in entries):
+            raise ConfigError("pairs", str(value["pairs"])[:80], "must be a list of objects with a and b, alone",
+                              '{"pairs": [{"a": "...", "b": "..."}]}')  # fmt: skip
+        if len(entries) > most:
+            raise TooLargeError("pairs", len(entries), f"at most {most} at once", "send fewer")
+        read = [json_parts(entry, {"a": 1, "b": 1}) for entry in entries]
+        pairs = [(only(parts, "a"), only(parts, "b")) for parts in read]
+    else:
+        parts = body.parts({"a": most, "b": most})
+        only(parts, "a"), only(parts, "b")
+        if len(parts["a"]) != len(parts["b"]):
+            raise ConfigError("body", f"{len(parts['a'])} a, {len(parts['b'])} b", "must come in pairs", "send as many")
+        pairs = list(zip(parts["a"], parts["b"], strict=True))
+    for pair in pairs:
+        for name, data in zip("ab", pair, strict=True):
+            header = imaging.read_header(data, gateway.settings.limits, name)
+            picture.check_kept(header, name)
+            if header.width * header.height > gateway.settings.max_method_pixels:
+                rule = f"at most {gateway.settings.max_method_pixels} pixels are compared"
+                raise TooLargeError(name, f"{header.width}x{header.height}", rule, "send a smaller picture")
+    return pairs
+
+
+def _compare(
+    gateway: Gateway, pair: tuple[bytes, bytes], measures: Sequence[Measure]
+) -> tuple[U8, U8, dict[str, float | None]]:
+    a, b = (picture.decode(data, gateway.settings.limits, name).flat() for name, data in zip("ab", pair, strict=True))
+    return a, b, compared(a, b, measures or applicable(a.shape[:2], b.shape[:2]))
