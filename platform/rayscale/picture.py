@@ -27,6 +27,7 @@ Samples = NDArray[Any]  # u8 or u16
 _LIMITS = Limits()
 _DEEP_MODES = ("RGB", "RGBA", "L", "LA", "I;16", "I;16B", "I")  # of Pillow, that hold 16 bits in the file
 _GHOST_PX = (2, 8, 32)  # how far the colour of a hidden pixel is looked for, in turn
+_STRIP_PX = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +47,15 @@ class Picture:
         rgb = to_u8(self.rgb)
         if self.alpha is None:
             return rgb
-        share = to_u8(self.alpha)[..., None].astype(np.uint16)
-        return np.asarray((rgb * share + np.uint16(255) * (255 - share) + 127) // 255, np.uint8)
+        white = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), "white")
+        return np.array(Image.composite(Image.fromarray(rgb), white, Image.fromarray(to_u8(self.alpha))))
 
 
 def to_u8(samples: Samples) -> U8:
     """u16 rounded to the nearest of the 256 levels; u8 as it is."""
     if samples.dtype == np.uint8:
         return samples
-    rounded: U8 = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return rounded
+    return np.asarray(cv2.convertScaleAbs(samples, alpha=1 / 257), np.uint8)
 
 
 def to_u16(unit_f32: F32) -> Samples:
@@ -155,10 +155,18 @@ def _ppm(data: bytes, picture: ImageFile) -> Samples:
 
 def without_ghosts(rgb: Samples, alpha: Samples) -> Samples:
     """Pixels that nobody sees get the colour of the seen ones around: a net would smear theirs into what is seen."""
-    hidden = alpha == 0
-    if not hidden.any() or hidden.all():
+    if alpha.all() or not alpha.any():
         return rgb
-    filled = rgb.copy()
+    filled, far = np.empty_like(rgb), max(_GHOST_PX)
+    for y in range(0, len(rgb), _STRIP_PX):  # in strips: sums are float32
+        above = min(y, far)
+        rows = slice(y - above, y + _STRIP_PX + far)
+        filled[y : y + _STRIP_PX] = _coloured(rgb[rows], alpha[rows])[above : above + _STRIP_PX]
+    return filled
+
+
+def _coloured(rgb: Samples, alpha: Samples) -> Samples:
+    hidden, filled = alpha == 0, rgb.copy()
     weight = alpha.astype(np.float32)
     weighted = rgb.astype(np.float32) * weight[..., None]
     for radius in _GHOST_PX:

@@ -145,7 +145,7 @@ class Gateway:
         """Refuse now what would miss its deadline anyway. Raises: TooLargeError, BusyError."""
         if cost_s > self.settings.timeout_s:
             rule = f"takes about {cost_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
-            raise TooLargeError("image", what, rule, "send a smaller picture")
+            raise TooLargeError("request", what, rule, "ask for less, or for a smaller picture")
         backlog_s, left_s = self.engine.backlog_s(), deadline - time.monotonic()
         if backlog_s + cost_s > left_s:
             raise BusyError("engine", f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
@@ -160,14 +160,18 @@ class Gateway:
     async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.
 
-        Raises: BusyError when too many wait.
+        Raises: BusyError when too many wait, or it took too long.
         """
         if self._waiting >= _WAITING:
             raise BusyError("filters", f"{self._waiting} waiting", "one runs at a time", "try again later",
                             retry_after_s=5.0)  # fmt: skip
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._slow, _timed, work, args)
+            async with asyncio.timeout(self.settings.timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._slow, _timed, work, args)
+        except TimeoutError:
+            raise BusyError("filters", "deadline", f"not done within {self.settings.timeout_s:.0f} s",
+                            "send a smaller picture, or try again later", retry_after_s=5.0) from None  # fmt: skip
         finally:
             self._waiting -= 1
 

@@ -17,6 +17,7 @@ from rayscale.serve.generate import GenerateRequest, check, generate
 from rayscale.serve.methods import Restoring, Upscaling
 from rayscale.serve.transform import Finish, by_method, by_model
 
+SETTINGS_BYTES = 32 << 10
 ERRORS = (400, 401, 404, 406, 408, 413, 415, 422, 429, 503)
 
 Accept = Annotated[str, Header(description="image/png, image/jpeg, image/webp or application/json, with q-values")]
@@ -121,7 +122,7 @@ def routes(gateway: Gateway) -> APIRouter:
     async def generated(request: Request, accept: Accept = "*/*") -> Response:
         gateway.check_ready()
         form = negotiate(accept)
-        body = await read_body(request, 0, gateway.settings.timeout_s)
+        body = await read_body(request, SETTINGS_BYTES, gateway.settings.timeout_s)
         ask = _asked(body)
         check(gateway, ask, form)
         release = gateway.resolve(ask.model, "generate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,23 +27,33 @@ async def embed(gateway: Gateway, body: Body, release: Release, side_px: int) ->
     """A vector a picture, in their order."""
     deadline = gateway.deadline()
     pictures, decode_s = await gateway.codec(_decode_all, gateway, body, release, side_px)
-    rows: list[dict[str, Any]] = []
+    names = [t.name for t in gateway.card(release, "embed").spec.outputs]
+    found: list[dict[str, F32]] = []
     queue_s = run_s = 0.0
-    for index, nchw in enumerate(pictures):
+    for nchw in pictures:
         outputs, timing = await _vector(gateway, release, nchw, deadline)
-        first, *others = [t.name for t in gateway.card(release, "embed").spec.outputs]
-        row = {"object": "embedding", "index": index, "embedding": outputs[first][0].tolist()}
-        rows.append({**row, **{name: outputs[name][0].tolist() for name in others}})
+        found.append(outputs)
         queue_s, run_s = queue_s + timing.queue_s, run_s + timing.run_s
     gateway.meters.add("rayscale_queue_seconds", queue_s, model=release.name)
     spans = {"decode": decode_s, "queue": queue_s, "infer": run_s}
     headers = {**gateway.headers(release), "Server-Timing": timing_header(spans)}
-    value = {"object": "list", **gateway.about(release), "data": rows}
-    return Answer(body=json.dumps(value).encode(), media_type=JSON, headers=headers)
+    text, _ = await gateway.codec(_embeddings_json, gateway.about(release), names, found)
+    return Answer(body=text, media_type=JSON, headers=headers)
+
+
+def _embeddings_json(about: Mapping[str, str], names: Sequence[str], found: Sequence[Mapping[str, F32]]) -> bytes:
+    """As OpenAI has it: the first output is the embedding, others stand beside it."""
+    first, *others = names
+    rows = [
+        {"object": "embedding", "index": index, "embedding": outputs[first][0].tolist()}
+        | {name: outputs[name][0].tolist() for name in others}
+        for index, outputs in enumerate(found)
+    ]
+    return json.dumps({"object": "list", **about, "data": rows}).encode()
 
 
 async def _vector(gateway: Gateway, release: Release, nchw: F32, deadline: float) -> tuple[dict[str, F32], Timing]:
-    gateway.admit(0.0, deadline, "a picture")
+    gateway.admit(gateway.engine.cost_s(release.digest, 1), deadline, "a picture")
     name = gateway.card(release, "embed").spec.inputs[0].name
     return await gateway.engine.call(release.digest, {name: nchw}, deadline=deadline)
 
