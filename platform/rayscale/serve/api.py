@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Response
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 from rayscale import __version__
 from rayscale.serve import pages, problems, routes_models, routes_pictures, routes_vectors
 from rayscale.serve.gateway import Gateway
+from rayscale.serve.keys import Guard
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -20,7 +22,22 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
     app = FastAPIOffline(  # its pages load nothing from elsewhere
         title="Rayscale", version=__version__, description=pages.DESCRIPTION, redoc_url=None, lifespan=lifespan
     )
+    keys = gateway.settings.keys
+    if keys:
+        app.add_middleware(Guard, keys=keys)  # within what follows: a refusal is a problem, and counted
     problems.install(app, gateway.meters, behind_ray=behind_ray)
+    locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page: the guard has looked already
     for routes in (routes_pictures, routes_vectors, routes_models):
-        app.include_router(routes.routes(gateway))
+        app.include_router(routes.routes(gateway), dependencies=locked)
+
+    @app.get("/livez", tags=["health"], summary="The process answers", response_class=Response)
+    async def livez() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/readyz", tags=["health"], summary="A model is ready to answer", response_class=Response,
+             responses=problems.responses(503))  # fmt: skip
+    async def readyz() -> Response:
+        gateway.check_ready()
+        return Response("ok\n", media_type="text/plain")
+
     return app

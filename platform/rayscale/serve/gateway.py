@@ -18,6 +18,7 @@ from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
 from rayscale.serve.engine import Runner
+from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
 from rayscale.serve.rollout import Release, Table, route_of
@@ -42,6 +43,7 @@ class GatewaySettings:
     timeout_s: float = 60.0
     codec_threads: int = 2
     quality: int = 95  # JPEG and WebP, 1..100
+    keys: tuple[Key, ...] = ()  # who may ask; none: everyone
 
 
 class Routing(Protocol):

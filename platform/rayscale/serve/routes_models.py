@@ -1,11 +1,11 @@
-"""/v1/models, /livez, /readyz: what is served, and whether."""
+"""/v1/models: what is served, what is held back, and what a version is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pydantic
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
 
 from rayscale import contract
 from rayscale.contract import ModelCard
@@ -148,15 +148,5 @@ def routes(gateway: Gateway) -> APIRouter:
                 responses=problems.responses(404))  # fmt: skip
     async def model(name: str) -> ModelDetail:
         return detail(gateway, name)
-
-    @router.get("/livez", tags=["health"], summary="The process answers", response_class=Response)
-    async def livez() -> Response:
-        return Response("ok\n", media_type="text/plain")
-
-    @router.get("/readyz", tags=["health"], summary="A model is ready to answer", response_class=Response,
-                responses=problems.responses(503))  # fmt: skip
-    async def readyz() -> Response:
-        gateway.check_ready()
-        return Response("ok\n", media_type="text/plain")
 
     return router
