@@ -29,7 +29,7 @@ from rayscale import storage
 from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.observe import log, setup_logging
-from rayscale.serve import follower, remote, rollout
+from rayscale.serve import follower, keys, remote, rollout
 from rayscale.serve.api import create_app
 from rayscale.serve.engine import Engine, EngineSettings, Runner
 from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
@@ -73,6 +73,9 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     max_bytes: int = pydantic.Field(64 << 20, ge=1)
     max_pixels: int = pydantic.Field(64_000_000, ge=1)
     max_output_pixels: int = pydantic.Field(128_000_000, ge=1)
+    max_method_pixels: int = pydantic.Field(4_000_000, ge=1)  # of pictures for classical filters and comparisons
+    max_items: int = pydantic.Field(64, ge=1)  # generated, embedded or compared in one request
+    api_keys: str = ""  # URI of hashed bearer keys (serve/keys.py); "": RAYSCALE_API_KEYS, or everyone may ask
     timeout_s: float = pydantic.Field(60.0, gt=0)
     codec_threads: int = pydantic.Field(2, ge=1)
     quality: int = pydantic.Field(95, ge=1, le=100)  # of JPEG and WebP answers
@@ -107,6 +110,9 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
         return GatewaySettings(
             limits=Limits(max_bytes=self.max_bytes, max_pixels=self.max_pixels),
             max_output_pixels=self.max_output_pixels,
+            max_method_pixels=self.max_method_pixels,
+            max_items=self.max_items,
+            keys=keys.load(self.api_keys),
             default_model=self.default_model,
             timeout_s=self.timeout_s,
             codec_threads=self.codec_threads,
