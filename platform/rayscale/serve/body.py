@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from starlette.exceptions import HTTPException
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError, nearest
 
 T = TypeVar("T")
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is the client's, and told to it
 
 FORM, JSON = "multipart/form-data", "application/json"
 _BESIDE = 64 << 10  # bytes of names, headers and punctuation around the pictures

@@ -119,6 +119,7 @@ def _check_mask(mask: bytes | None, header: Header, limits: Limits, masked: bool
     """By its header. Raises: ConfigError, ImageError, TooLargeError."""
     if mask is not None:
         size = imaging.read_header(mask, limits, "mask")
+        picture.check_kept(size, "mask")
         if not masked:
             raise ConfigError("mask", f"{size.width}x{size.height}", f"{model} takes none", "leave it out")
         if (size.width, size.height) != (header.width, header.height):
