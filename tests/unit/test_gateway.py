@@ -380,8 +380,13 @@ def test_the_openapi_page_tells_the_whole_route(service: Service) -> None:
     assert set(route["responses"]["200"]["content"]) == {"image/png", "image/jpeg", "image/webp", "application/json"}
     assert "X-Rayscale-Digest" in route["responses"]["200"]["headers"]
     assert "image/jpeg" in route["requestBody"]["content"]
+    sent = set(is_problem(service.upscale(b""), 422))
     for status in ("404", "406", "413", "415", "422", "503"):
-        assert list(route["responses"][status]["content"]) == ["application/problem+json"]
+        answer = route["responses"][status]["content"]
+        assert list(answer) == ["application/problem+json"]
+        example = answer["application/problem+json"]["example"]
+        assert set(example) | {"field"} == sent
+        assert example["status"] == int(status)
     settings = {"model", "method", "scale", "contrast", "sharpen"}
     assert {p["name"] for p in route["parameters"]} == {*settings, "accept"}
     assert "curl" in page["info"]["description"]

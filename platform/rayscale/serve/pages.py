@@ -57,13 +57,16 @@ def headers(**more: str) -> dict[str, Any]:
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in named.items()}
 
 
-def pictures_json(*facts: str) -> dict[str, Any]:
-    """The schema of pictures in JSON."""
-    texts = {name: {"type": "string"} for name in ("output_format", "model", *facts)}
+def pictures_json(**facts: str | int) -> dict[str, Any]:
+    """The schema of pictures in JSON; `facts`: what stands beside them, as an example."""
+    known = {"output_format": "png", "model": "photos-x2:3", "digest": "4e07408562be...", **facts}
+    texts = {name: {"type": "integer" if isinstance(value, int) else "string"} for name, value in known.items()}
     entry = {"type": "object", "required": ["b64_json"], "properties": {"b64_json": _BASE64}}
     data = {"type": "array", "items": entry}
     properties = {"created": {"type": "integer"}, **texts, "data": data}
-    return {"schema": {"type": "object", "required": ["created", "data"], "properties": properties}}
+    example = {"created": 1767225600, **known, "data": [{"b64_json": "iVBORw0KGgo..."}]}
+    schema = {"type": "object", "required": ["created", "data"], "properties": properties}
+    return {"schema": schema, "example": example}
 
 
 def picture_answers(shown: Mapping[str, Any], json_schema: Mapping[str, Any], *errors: int) -> dict[int | str, Any]:
@@ -82,12 +85,18 @@ def body(
     shape = {"type": "object", "required": list(required)}
     content: dict[str, Any] = {
         FORM: {"schema": {**shape, "properties": binary}},
-        JSON: {"schema": {**shape, "properties": base64}},
+        JSON: {"schema": {**shape, "properties": base64}, "example": dict.fromkeys(required, "iVBORw0KGgo...")},
     }
     if pairs:
         single = content[JSON]["schema"]
         many = {"type": "object", "required": ["pairs"], "properties": {"pairs": {"type": "array", "items": single}}}
-        content[JSON]["schema"] = {"oneOf": [single, many]}
+        content[JSON] = {
+            "schema": {"oneOf": [single, many]},
+            "examples": {
+                "a pair": {"value": {"a": "iVBORw0KGgo...", "b": "/9j/4AAQ..."}},
+                "several": {"value": {"pairs": [{"a": "iVBORw0KGgo...", "b": "/9j/4AAQ..."}]}},
+            },
+        }
     if raw:
         content = {**dict.fromkeys(("image/jpeg", "image/png", "image/webp", "image/*"), BINARY), **content}
     return {"requestBody": {"required": True, "content": content}}

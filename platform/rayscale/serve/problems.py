@@ -160,7 +160,40 @@ class _Envelope:
             self.meters.add("rayscale_request_seconds", time.monotonic() - started, route=route, model=model)
 
 
+_EXAMPLES = {  # status -> type, detail, field
+    400: ("config", "mask=(none): fill:2 fills what a mask marks; send a second part named mask, or transparent pixels",
+          "mask"),
+    401: ("unauthorized", "Authorization=(none): this service answers to its keys; send Authorization: Bearer KEY",
+          "Authorization"),
+    404: ("missing", "model=photo@champion: is not served here; did you mean 'photos@champion'?", "model"),
+    406: ("not-acceptable", "Accept=text/html: this route writes image/png, image/jpeg, image/webp, application/json; "
+          "ask for one of them", None),
+    408: ("request-timeout", "body: the body did not arrive within 60 s; send a smaller file", None),
+    413: ("too-large", "image=40000x40000: sides have at most 32768 px; send it in parts or smaller", "image"),
+    415: ("media-type", "image=GIF: this format is not read; send a JPEG, PNG, WebP, TIFF, BMP or PPM", "image"),
+    422: ("image", "image=PNG, unexpected end of data: is truncated or damaged; send the whole file", "image"),
+    429: ("too-many-requests", "key=app: it may ask for 5 requests a second; come back as Retry-After says", "key"),
+    503: ("busy", "engine=backlog 75.4 s: this request would miss its deadline; try again later", "engine"),
+}  # fmt: skip
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route, for the OpenAPI page."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
-    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        kind, detail, field = _EXAMPLES[status]
+        example = Problem(
+            type=f"urn:rayscale:problem:{kind}",
+            title=HTTPStatus(status).phrase,
+            status=status,
+            detail=detail,
+            instance="/v1/upscale",
+            request_id="9f86d081884c7d65",
+            field=field,
+        )
+        shown = {"schema": Problem.model_json_schema(), "example": example.model_dump(exclude_none=True)}
+        found[status] = {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: shown}}
+        if status in (429, 503):
+            after = {"description": "seconds until it is worth asking again", "schema": {"type": "integer"}}
+            found[status]["headers"] = {"Retry-After": after}
+    return found

@@ -140,12 +140,13 @@ def routes(gateway: Gateway) -> APIRouter:
     """The routes over one gateway."""
     router = APIRouter()
 
-    @router.get("/v1/models", tags=["models"], summary="What is served, and what is held back")
+    @router.get("/v1/models", tags=["models"], summary="What is served, and what is held back",
+                responses=problems.responses(401, 429))  # fmt: skip
     async def models() -> ModelList:
         return listed(gateway)
 
     @router.get("/v1/models/{name}", tags=["models"], summary="One model, its aliases, versions and cards",
-                responses=problems.responses(404))  # fmt: skip
+                responses=problems.responses(401, 404, 422, 429))  # fmt: skip
     async def model(name: str) -> ModelDetail:
         return detail(gateway, name)
 

@@ -60,7 +60,7 @@ def routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(tags=["pictures"])
     answers = pages.picture_answers(
         pages.headers(**{k.replace("-", "_"): v for k, v in pages.OF_PICTURES.items()}),
-        pages.pictures_json("digest", "tiling", "size"),
+        pages.pictures_json(tiling="tiled 9", size="2048x1536"),
         *ERRORS,
     )
 
@@ -108,7 +108,7 @@ def routes(gateway: Gateway) -> APIRouter:
         description="Picture `index` of a seed is the same alone and among others. An empty body is a request too.",
         response_class=Response,
         responses=pages.picture_answers(
-            pages.headers(X_Rayscale_Seed="of the noise"), pages.pictures_json("digest", "seed"), *ERRORS
+            pages.headers(X_Rayscale_Seed="of the noise"), pages.pictures_json(model="flowers:1", seed=7), *ERRORS
         ),
         openapi_extra={"requestBody": {"content": {JSON: {
             "schema": GenerateRequest.model_json_schema(),

@@ -53,6 +53,11 @@ class Embedding(pydantic.BaseModel, extra="allow"):
 class Embeddings(pydantic.BaseModel):
     """In the order of the pictures."""
 
+    model_config = pydantic.ConfigDict(json_schema_extra={"example": {
+        "object": "list", "model": "photos-embed:3", "digest": "4e07408562be...",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.12, -0.03, 0.99]}],
+    }})  # fmt: skip
+
     object: str = pydantic.Field(examples=["list"])
     model: str = pydantic.Field(examples=["photos-embed:3"])
     digest: str
@@ -76,6 +81,12 @@ class Likeness(pydantic.BaseModel):
 
 class Likenesses(pydantic.BaseModel):
     """In the order of the pairs; model and digest are of the cosine."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra={"example": {
+        "object": "list", "model": "photos-embed:3", "digest": "4e07408562be...",
+        "data": [{"index": 0, "mse": 14.2, "psnr": 36.6, "euclidean": 1307.1, "ssim": 0.95, "ms_ssim": 0.99,
+                  "sift": 0.71, "cosine": 0.98}],
+    }})  # fmt: skip
 
     object: str = pydantic.Field(examples=["list"])
     model: str | None = None
