@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,11 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
+from rayscale import containers
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError
+
+# What Pillow warns of stands in files from outside, and Python keeps every distinct text for good.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -140,6 +145,7 @@ def open_lazily(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Head
         rule = f"at most {limits.max_bytes} bytes are read"
         raise TooLargeError(name, f"{len(data)} bytes", rule, "send a smaller file")
     kind = _sniff(data, name)
+    data = containers.lean(kind, data, name)
     if kind == "webp":  # its reader allocates the canvas at once
         _check_size(*_webp_size(data), limits, name)
     with hostile(name, kind):

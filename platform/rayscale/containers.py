@@ -1,0 +1,149 @@
+"""How much work a picture file may be before and beside its pixels.
+
+Size limits do not bound this: half a megabyte of PNG text unpacks to 500 MB, a megabyte of empty JPEG segments fills
+Pillow's lists with 25 MB, a JPEG of a few kilobytes has its decoder pass over all blocks a thousand times. So the
+parts are counted first, at the speed of `bytes.find`, and what no reader here needs is left out.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rayscale.errors import ImageError
+
+MAX_PARTS = 1000  # chunks, segments or tags; files of cameras and editors have a few dozen
+MAX_EXIF = 16  # segments; Pillow joins them, each time copying what it has
+MAX_JUNK = 64 << 10  # bytes between JPEG segments
+MAX_SCANS = 64  # of a JPEG; progressive ones have about ten
+MAX_STRIPS = 1 << 16  # of a TIFF
+MAX_SLOW = 1 << 20  # bytes of what Pillow decodes in Python: 0.4 us each
+BYTES_PER_CHUNK = 256  # the least average of a PNG's chunks beyond MAX_PARTS
+
+_PNG_NEEDED = frozenset(
+    [
+        b"IHDR",
+        b"PLTE",
+        b"IDAT",
+        b"IEND",
+        b"tRNS",
+        b"gAMA",
+        b"cHRM",
+        b"sRGB",
+        b"iCCP",
+        b"eXIf",
+        b"acTL",
+        b"fcTL",
+        b"fdAT",
+    ]
+)
+_PNG_ONCE = frozenset([b"iCCP", b"eXIf"])
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset([0x01, *range(0xD0, 0xDA)])  # markers without a length
+_JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_FAST_PPM = re.compile(rb"P[56](?:\s|#[^\r\n]*[\r\n])+\d+(?:\s|#[^\r\n]*[\r\n])+\d+(?:\s|#[^\r\n]*[\r\n])+255\s")
+
+
+def lean(kind: str, data: bytes, name: str) -> bytes:
+    """The file without the parts that nobody reads; itself where there are none. `kind` is an `imaging.Format`.
+
+    Raises: ImageError where its structure alone would be the work. Damage is left for the decoder to find.
+    """
+    if kind == "png":
+        return _png(data, name)
+    if kind == "jpeg":
+        _jpeg(data, name)
+    elif kind == "tiff":
+        _tiff(data, name)
+    elif len(data) > MAX_SLOW and _decoded_in_python(kind, data):
+        rule = f"at most {MAX_SLOW} bytes are read of a run-length BMP, or of a PPM whose maximum is not 255"
+        raise ImageError(name, f"{kind.upper()} of {len(data)} bytes", rule, "send it as PNG")
+    return data
+
+
+def _too_many(name: str, what: str, most: int) -> ImageError:
+    return ImageError(name, what, f"at most {most} are read", "save the picture again, without metadata")
+
+
+def _png(data: bytes, name: str) -> bytes:
+    kept: list[bytes] = []
+    once: set[bytes] = set()
+    at, start, count, most = 8, 8, 0, MAX_PARTS + len(data) // BYTES_PER_CHUNK
+    while at + 12 <= len(data):
+        count += 1
+        if count > most:
+            raise _too_many(name, f"PNG of more than {most} chunks", most)
+        kind = data[at + 4 : at + 8]
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind not in _PNG_NEEDED or kind in once:
+            kept.append(data[start:at])
+            start = end
+        elif kind in _PNG_ONCE:
+            once.add(kind)
+        at = end
+        if kind == b"IEND":
+            break
+    return data if start == 8 else b"".join((data[:8], *kept, data[start:]))
+
+
+def _jpeg(data: bytes, name: str) -> None:
+    at, junk, scans, exif, components, progressive = 2, 0, 0, 0, 0, False
+    for _ in range(MAX_PARTS):
+        found = data.find(b"\xff", at)
+        if found < 0 or found + 4 > len(data):
+            return
+        junk, at = junk + found - at, found
+        if junk > MAX_JUNK:
+            raise _too_many(name, f"JPEG with {junk} bytes between its segments", MAX_JUNK)
+        marker = data[at + 1]
+        if marker in (0x00, 0xFF):  # junk, padding
+            at += 1 if marker else 2
+            continue
+        if marker in _JPEG_BARE:
+            if marker == 0xD9 and scans:
+                return
+            at += 2
+            continue
+        if marker in _JPEG_FRAMES:
+            components, progressive = int.from_bytes(data[at + 9 : at + 10], "big"), marker not in (0xC0, 0xC1)
+        elif marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
+            exif += 1
+            if exif > MAX_EXIF:
+                raise _too_many(name, f"JPEG with more than {MAX_EXIF} Exif segments", MAX_EXIF)
+        length = max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+        if marker == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise _too_many(name, f"JPEG with more than {MAX_SCANS} scans", MAX_SCANS)
+            if not progressive and data[at + 4 : at + 5] == bytes([components]):
+                return  # all components at once: the decoder takes no other scan
+            after = _JPEG_AFTER_SCAN.search(data, at + 2 + length)
+            if after is None:
+                return
+            at = after.start()
+            continue
+        at += 2 + length
+    raise _too_many(name, f"JPEG of more than {MAX_PARTS} segments", MAX_PARTS)
+
+
+def _tiff(data: bytes, name: str) -> None:
+    """The first directory; others are not read."""
+    order = "little" if data[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], order)  # type: ignore[arg-type]
+
+    at = number(4, 4)
+    tags = number(at, 2)
+    if tags > MAX_PARTS:
+        raise _too_many(name, f"TIFF of {tags} tags", MAX_PARTS)
+    for entry in range(at + 2, at + 2 + 12 * tags, 12):
+        if (
+            number(entry, 2) in (273, 324) and (strips := number(entry + 4, 4)) > MAX_STRIPS
+        ):  # StripOffsets, TileOffsets
+            raise _too_many(name, f"TIFF of {strips} strips", MAX_STRIPS)
+
+
+def _decoded_in_python(kind: str, data: bytes) -> bool:
+    if kind == "bmp":
+        return data[14] >= 40 and data[30] in (1, 2)
+    return kind == "ppm" and not _FAST_PPM.match(data[:4096])
