@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 from rayscale import __version__
-from rayscale.serve import pages, problems, routes_models, routes_pictures, routes_vectors
+from rayscale.serve import pages, playground, problems, routes_models, routes_pictures, routes_vectors
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.keys import Guard
 
@@ -26,6 +26,7 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
     if keys:
         app.add_middleware(Guard, keys=keys)  # within what follows: a refusal is a problem, and counted
     problems.install(app, gateway.meters, behind_ray=behind_ray)
+    playground.install(app)
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page: the guard has looked already
     for routes in (routes_pictures, routes_vectors, routes_models):
         app.include_router(routes.routes(gateway), dependencies=locked)
