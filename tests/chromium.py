@@ -77,13 +77,12 @@ class Browser:
             raise RuntimeError(f"{script}: {done['exceptionDetails']}")
         return done["result"].get("value")
 
-    def until(self, script: str, timeout_s: float = 15.0) -> Any:
-        """Its first true value."""
+    def until(self, script: str, timeout_s: float = 15.0) -> None:
+        """Wait for an expression to be true."""
         deadline = time.monotonic() + timeout_s
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {script}"
             time.sleep(0.05)
-        return value
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -105,9 +104,10 @@ class Browser:
 
     def centre(self, selector: str) -> tuple[float, float, float, float]:
         """x, y of its middle, its width and its height, once it is scrolled into view."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{ block: 'center', behavior: 'instant' }})")
         box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2, r.width, r.height]; })()"
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2, r.width, r.height])({element}.getBoundingClientRect())"
         )
         return tuple(box)  # type: ignore[return-value]
 

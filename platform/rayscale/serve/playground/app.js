@@ -7,7 +7,8 @@ const PICTURE_TASKS = {
   restore: { title: "Restore a picture", lead: "Noise, blur, scratches or holes in; the same picture without them out.", verb: "Restore" },
 };
 const REFRESH_MS = 15_000;
-const offered = { models: [], held: {}, routes: new Set() };
+const FILLING = new Set(["method:telea", "method:navier_stokes"]);
+const offered = { models: [], held: {}, defaults: {}, routes: new Set(), methods: {} };
 let urls = []; // of results shown, to be given back
 
 // --- tasks: a form and what its submission does
@@ -93,7 +94,10 @@ const mask = new FileField($('[data-drop="mask"]', picture));
 
 task(picture, async (form, signal) => {
   if (!image.file) throw new Problem("Choose a picture first.");
-  const path = `v1/${current()}`, query = form.model.value ? `?model=${encodeURIComponent(form.model.value)}` : "";
+  const path = `v1/${current()}?`, query = new URLSearchParams();
+  const [, method, model] = form.model.value.match(/^method:(.*)|(.*)$/s);
+  if (method ?? model) query.set(method ? "method" : "model", method ?? model);
+  for (const name of ["contrast", "sharpen"]) if (form[name].value !== form[name].defaultValue) query.set(name, form[name].value);
   let body = image.file;
   const headers = { Accept: form.accept.value };
   if (mask.file && !mask.label.hidden) {
@@ -114,6 +118,24 @@ task(picture, async (form, signal) => {
 });
 
 $('[data-act="chart"]', picture).addEventListener("click", async () => image.take(await testChart()));
+picture.addEventListener("input", ({ target }) => {
+  const shown = target.form?.[`${target.name}-shown`];
+  if (shown) shown.value = Number(target.value).toFixed(2);
+  if (target.name === "model") showMask();
+});
+
+/** The mask's field, for a model or a method that fills in. */
+async function showMask() {
+  const chosen = $("form", picture).model.value;
+  let fills = FILLING.has(chosen);
+  if (current() === "restore" && chosen && !chosen.startsWith("method:")) {
+    const detail = await ask(`v1/models/${encodeURIComponent(chosen)}`).then((r) => r.json()).catch(() => ({}));
+    fills = Boolean(detail.versions?.[0]?.card?.spec?.inputs?.some((input) => input.name === "mask"));
+    if ($("form", picture).model.value !== chosen) return; // chosen anew meanwhile
+  }
+  mask.label.hidden = !(fills && current() === "restore");
+}
+
 picture.addEventListener("dragover", (event) => event.preventDefault());
 picture.addEventListener("drop", (event) => {
   event.preventDefault();
@@ -130,7 +152,8 @@ const generate = $("#generate");
 
 task(generate, async (form, signal) => {
   const wanted = { model: form.model.value, seed: Number(form.seed.value), n: Number(form.n.value) };
-  if (Number(form.truncation.value) < 1) wanted.truncation = Number(form.truncation.value);
+  if (form.truncation.value !== form.truncation.max) wanted.truncation = Number(form.truncation.value);
+  if (form.to_seed.value) wanted.to_seed = Number(form.to_seed.value);
   if (!$("[data-classes]", form).hidden && form.class.value) wanted.class = form.class.value;
   const started = performance.now();
   const headers = { "Content-Type": "application/json", Accept: "application/json" };
@@ -140,18 +163,17 @@ task(generate, async (form, signal) => {
   const gallery = make("ul", { class: "gallery" });
   answer.data.forEach((entry, i) => {
     const url = `data:image/${answer.output_format ?? "png"};base64,${entry.b64_json}`;
-    const seed = entry.seed ?? wanted.seed + i;
-    const download = `seed-${seed}.${answer.output_format ?? "png"}`;
-    gallery.append(make("li", {}, make("a", { href: url, download }, make("img", { src: url, alt: `Picture of seed ${seed}` }),
-      make("span", {}, `Seed ${seed}`))));
+    const words = wanted.to_seed === undefined ? `Seed ${wanted.seed}, no. ${entry.index ?? i}` : `Step ${i + 1} of ${wanted.n}`;
+    const download = `seed-${wanted.seed}-${entry.index ?? i}.${answer.output_format ?? "png"}`;
+    gallery.append(make("li", {}, make("a", { href: url, download }, make("img", { src: url, alt: "" }), make("span", {}, words))));
   });
   return [gallery, ...facts(response, took)];
 });
 
 generate.addEventListener("input", (event) => {
-  const form = event.target.form;
-  if (event.target.name === "truncation") form.shown.value = Number(event.target.value).toFixed(2);
-  if (event.target.name === "model") showClasses();
+  const { name, value, max, form } = event.target;
+  if (name === "truncation") form["truncation-shown"].value = value === max ? "off" : Number(value).toFixed(1);
+  if (name === "model") showClasses();
 });
 $('[data-act="dice"]', generate).addEventListener("click", (event) => {
   const form = event.target.form;
@@ -170,50 +192,62 @@ function showClasses() {
 
 const [a, b] = ["a", "b"].map((name) => new FileField($(`[data-drop="${name}"]`)));
 
-task($("#compare"), async (_, signal) => {
+task($("#compare"), async (form, signal) => {
   if (!a.file || !b.file) throw new Problem("Choose two pictures first.");
   const body = new FormData();
   body.append("a", a.file);
   body.append("b", b.file);
   const started = performance.now();
-  const response = await ask("v1/similarity", { method: "POST", body, headers: { Accept: "application/json" }, signal });
+  const query = form.model.value ? `?model=${encodeURIComponent(form.model.value)}` : "";
+  const response = await ask(`v1/similarity${query}`, { method: "POST", body, headers: { Accept: "application/json" }, signal });
   const answer = await response.json();
   const took = performance.now() - started;
   forget();
-  const table = make("table", { class: "measures" }, make("caption", {}, "Measures"), measures(answer));
-  return [comparison(blobUrl(a.file), blobUrl(b.file), { names: ["First", "Second"] }), table, ...facts(response, took)];
+  return [measures(answer.data[0]), comparison(blobUrl(a.file), blobUrl(b.file), { names: ["First", "Second"] }), ...facts(response, took)];
 });
 
-/** Every number of the answer, grouped as the answer groups them. */
-function measures(answer, group = "") {
-  const rows = make("tbody");
-  for (const [name, value] of Object.entries(answer)) {
-    const words = (group ? `${group}, ` : "") + name.replaceAll("_", " ");
-    if (Array.isArray(value) && value.length === 1) rows.append(...measures(value[0], group).children);
-    else if (value !== null && typeof value === "object" && !Array.isArray(value)) rows.append(...measures(value, words).children);
-    else if (typeof value === "number")
-      rows.append(make("tr", {}, make("th", { scope: "row" }, words), make("td", {}, Number.isInteger(value) ? `${value}` : value.toPrecision(5))));
+const MEASURES = { // group -> measure -> [its name, what it says]
+  Pixels: { psnr: ["PSNR", "dB, higher is closer"], mse: ["Mean squared error", "lower is closer"], euclidean: ["Euclidean distance", "lower is closer"] },
+  Structure: { ssim: ["SSIM", "1 is equal"], ms_ssim: ["MS-SSIM", "1 is equal"], sift: ["SIFT matches", "share of key points found again"] },
+  Meaning: { cosine: ["Cosine", "of the model's vectors, 1 is equal"] },
+};
+
+/** Cards of the measures that the answer has, by what they look at. */
+function measures(found) {
+  const groups = make("div", { class: "measures" });
+  for (const [group, names] of Object.entries(MEASURES)) {
+    const list = make("dl");
+    for (const [name, [words, hint]] of Object.entries(names)) {
+      if (!(name in found)) continue;
+      const value = found[name] === null ? (name === "psnr" ? "∞" : "none") : String(Number(found[name].toPrecision(4)));
+      list.append(make("div", {}, make("dt", {}, words, make("small", {}, hint)), make("dd", {}, value)));
+    }
+    if (list.children.length) groups.append(make("section", {}, make("h2", {}, group), list));
   }
-  return rows;
+  return groups;
 }
 
 // --- what is offered
 
 const route = (model) => `${model.name}@${model.aliases[0]}`;
 const is = {
-  upscale: (model) => model.kind === "transform" && model.scale > 1,
-  restore: (model) => model.kind === "transform" && model.scale === 1,
+  upscale: (model) => (model.role ?? model.kind) === "upscale" || (!model.role && model.scale > 1),
+  restore: (model) => model.role === "restore",
   generate: (model) => model.kind === "generate",
+  embed: (model) => model.kind === "embed",
 };
 
-function fill(select, models, preferred) {
+const option = (value, ...words) => make("option", { value }, words.filter(Boolean).join(" · "));
+
+/** The models of a select, then the classical methods to compare them with; what was chosen stays so. */
+function fill(select, models, { methods = [], preferred = "" } = {}) {
   const chosen = select.value || preferred;
-  const options = models.map((model) => {
-    const words = [model.name, model.scale > 1 && `×${model.scale}`, `version ${model.version}`, model.aliases[0] !== "champion" && model.aliases[0]];
-    return make("option", { value: route(model) }, words.filter(Boolean).join(" · "));
-  });
-  select.replaceChildren(...(options.length ? options : [make("option", { value: "" }, "no model is ready")]));
-  if (models.some((model) => route(model) === chosen)) select.value = chosen;
+  const named = models.map((m) =>
+    option(route(m), m.name, m.scale > 1 && `×${m.scale}`, `version ${m.version}`, m.aliases[0] !== "champion" && m.aliases[0]));
+  const group = make("optgroup", { label: "Classical methods" }, ...methods.map((m) => option(`method:${m}`, m.replaceAll("_", " "))));
+  select.replaceChildren(...named, ...(methods.length ? [group] : []));
+  if (!select.options.length) select.append(option("", "no model is ready"));
+  if ([...select.options].some((o) => o.value === chosen)) select.value = chosen;
 }
 
 async function refresh() {
@@ -221,7 +255,7 @@ async function refresh() {
   try {
     const list = await (await ask("v1/models")).json();
     offered.models = list.models.filter((model) => model.ready && model.aliases.length);
-    Object.assign(offered, { held: list.held, preferred: list.default });
+    Object.assign(offered, { held: list.held, defaults: list.defaults ?? { upscale: list.default } });
     health.dataset.state = offered.models.length ? "ready" : "waiting";
     $(".words", health).textContent = offered.models.length ? "ready" : "no model yet";
   } catch (error) {
@@ -234,7 +268,12 @@ async function refresh() {
 
 async function readRoutes() {
   const page = await ask("openapi.json").then((r) => r.json()).catch(() => ({ paths: {} }));
-  for (const path of Object.keys(page.paths)) if (path.startsWith("/v1/")) offered.routes.add(path.slice(4));
+  for (const [path, { post }] of Object.entries(page.paths)) {
+    if (!path.startsWith("/v1/") || !post) continue;
+    offered.routes.add(path.slice(4));
+    const schema = post.parameters?.find((p) => p.name === "method")?.schema;
+    offered.methods[path.slice(4)] = (schema?.anyOf ?? [schema ?? {}]).flatMap((part) => part.enum ?? []);
+  }
 }
 
 // --- which task is shown
@@ -249,7 +288,7 @@ let shown = "";
 function show() {
   const now = current();
   const has = { compare: offered.routes.has("similarity") };
-  for (const [name, fits] of Object.entries(is)) has[name] = offered.routes.has(name) && offered.models.some(fits);
+  for (const [name, fits] of Object.entries(is)) has[name] = offered.routes.has(name) && (offered.models.some(fits) || offered.methods[name].length > 0);
   for (const link of document.querySelectorAll("nav a")) {
     const name = link.hash.slice(1);
     link.hidden = !has[name] && name !== "upscale" && name !== now;
@@ -264,12 +303,15 @@ function show() {
     $("h1", picture).textContent = words.title;
     $(".lead p", picture).textContent = words.lead;
     $(".primary", picture).textContent = words.verb;
-    fill(form.model, offered.models.filter(is[now]), offered.preferred);
-    mask.label.hidden = now !== "restore";
+    fill(form.model, offered.models.filter(is[now]), { methods: offered.methods[now], preferred: offered.defaults[now] });
     if (shown && shown !== now) clear(picture); // it was the other task's
+    showMask();
   }
-  fill($("form", generate).model, offered.models.filter(is.generate), offered.preferred);
-  if (!$("form", generate).class.options.length) showClasses();
+  fill($("form", generate).model, offered.models.filter(is.generate), { preferred: offered.defaults.generate });
+  if ($("form", generate).class.options.length < 2) showClasses();
+  const embedders = offered.models.filter(is.embed);
+  fill($("#compare form").model, embedders, { preferred: offered.defaults.embed });
+  $("[data-embedders]").hidden = embedders.length === 0;
   const held = Object.values(offered.held), note = $("[data-held]", picture);
   note.hidden = held.length === 0;
   note.textContent = held.join(" ");

@@ -112,9 +112,9 @@ export function testChart(side = 192) {
   draw.fillStyle = ramp;
   draw.fillRect(side, 0, side / 2, side);
   draw.fillStyle = "#1c2526";
-  [22, 16, 12, 9, 7].forEach((px, i) => {
+  [16, 13, 10, 8, 6].forEach((px, i) => {
     draw.font = `600 ${px}px system-ui, sans-serif`;
-    draw.fillText("Rayscale 0189", side + 8, 30 + i * 24);
+    draw.fillText("Rayscale", side + 8, 28 + i * 23);
   });
   for (let i = 0; i < 9; i++) draw.fillRect(side + 8 + i * (i + 1), side - 44, i / 2 + 1, 34);
   return new Promise((resolve) => canvas.toBlob((blob) => resolve(new File([blob], "test-chart.png", { type: "image/png" }))));
@@ -153,7 +153,10 @@ export function comparison(before, after, { names = ["Before", "After"], downloa
 
 // --- the facts of an answer
 
-const SPANS = { decode: "Decoding", queue: "Waiting", infer: "Model", encode: "Encoding" };
+const SPANS = {
+  decode: "Decoding", latents: "Noise", queue: "Waiting", infer: "Model", filter: "Method", compare: "Comparing",
+  encode: "Encoding", network: "Network and page",
+};
 
 /** `Server-Timing: decode;dur=1.2, ...` -> [["decode", 1.2], ...] */
 export const timings = (header) =>
@@ -184,7 +187,7 @@ export function facts(response, tookMs, more = []) {
     const part = make("span", { "data-span": name });
     part.style.flexGrow = value;
     bar.append(part);
-    legend.append(make("li", { "data-span": name }, `${SPANS[name] ?? "Network and page"} ${ms(value)}`));
+    legend.append(make("li", { "data-span": name }, `${SPANS[name] ?? name} ${ms(value)}`));
   }
   return [list, make("div", { class: "time" }, make("p", {}, `Answered in ${ms(tookMs)}`), bar, legend)];
 }

@@ -1,0 +1,319 @@
+"""The page at `/` in a real browser: every task, by mouse, by finger and by keyboard, at 1280 and 360 px."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import runpy
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+chromium = runpy.run_path(str(ROOT / "tests/chromium.py"))
+tools = runpy.run_path(str(ROOT / "tests/service.py"))
+kinds = runpy.run_path(str(ROOT / "tests/small_kinds.py"))
+small = runpy.run_path(str(ROOT / "tests/small_onnx.py"))
+
+pytestmark = pytest.mark.long
+
+AT = "getComputedStyle(document.querySelector('#picture .pair')).getPropertyValue('--at')"
+SLIDER = "#picture .pair input"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+    """A gateway over one small model of each kind, on a port of this machine: its URL and the service."""
+    folder = tmp_path_factory.mktemp("models")
+    service = tools["Service"](folder / "up", small["write"](folder / "up"))
+    names = {"inverse": "negative", "holes": "filler", "flowers": "generator", "colours": "embedder"}
+    for kind in names.values():
+        kinds[kind](folder / kind)
+    service.serve(**{name: folder / kind for name, kind in names.items()})
+    running = uvicorn.Server(uvicorn.Config(service.app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/", service
+    running.should_exit = True
+    thread.join()
+    service.gateway.close()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    program = chromium["find"]()
+    if program is None:
+        pytest.skip("NO BROWSER: the playground is not driven; `apt-get install chromium` and run this again")
+    profile = tmp_path_factory.mktemp("browser") / "profile"
+    opened = chromium["Browser"](program, profile)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def page(tab: Any, server: tuple[str, Any]) -> Iterator[Any]:
+    """The page, fresh and ready, at 1280 px; it has nothing to complain of when it is done."""
+    tab.events.clear()
+    tab.size(1280, 900)
+    tab.open("about:blank")
+    tab.open(server[0])
+    tab.until("document.querySelector('.health').dataset.state === 'ready'")
+    tab.until("!document.querySelector('nav a[href=\"#compare\"]').hidden")
+    yield tab
+    assert tab.complaints() == []
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (90, 60)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def go(page: Any, task: str) -> None:
+    page.run(f"location.hash = {json.dumps(task)}")
+    page.until(f"document.querySelector('nav a[aria-current]').hash === '#{task}'")
+
+
+def choose(page: Any, section: str, value: str) -> None:
+    """A model, as a person's choice would be noticed."""
+    page.run(
+        f"(s => {{ s.value = {json.dumps(value)}; s.dispatchEvent(new Event('input', {{ bubbles: true }})) }})"
+        f"(document.querySelector('{section} select'))"
+    )
+    assert page.run(f"document.querySelector('{section} select').value") == value
+
+
+def submit(page: Any, section: str) -> None:
+    page.click(f"{section} .primary")
+    page.until(f"!document.querySelector('{section}').classList.contains('busy')")
+    assert page.run(f"document.querySelector('{section} .error').hidden"), page.run(
+        f"document.querySelector('{section} .error').textContent"
+    )
+    page.until(f"[...document.querySelectorAll('{section} .result img')].every(i => i.complete)")
+
+
+def facts(page: Any, section: str) -> dict[str, str]:
+    rows = page.run(
+        f"[...document.querySelectorAll('{section} .facts div')].map(d => [d.children[0].textContent,"
+        " d.children[1].firstElementChild?.title || d.children[1].textContent])"
+    )
+    return dict(rows)
+
+
+def colours(page: Any, path: Path, *shares: float) -> list[int]:
+    """Gray levels on the screen, at these shares of the slider's width and a third of its height."""
+    x, y, width, height = page.centre(SLIDER)
+    page.screenshot(path)
+    gray = Image.open(path).convert("L")
+    ratio = gray.width / page.run("innerWidth")
+    found = [gray.getpixel((int((x + (s - 0.5) * width) * ratio), int((y - height / 6) * ratio))) for s in shares]
+    return [int(level) for level in found]  # type: ignore[call-overload]
+
+
+def test_a_picture_is_upscaled_and_told_of(page: Any, server: tuple[str, Any], tmp_path: Path) -> None:
+    sent = picture(tmp_path / "sent.png", (200, 120, 40))
+    page.choose("[data-drop=image] input", sent)
+    submit(page, "#picture")
+    told = facts(page, "#picture")
+    assert told["Model"] == "photos:3"
+    assert told["Digest"] == server[1].release.digest
+    assert told["Size"].replace("\xa0", " ") == "90 × 60 → 180 × 120"
+    assert page.run("document.querySelectorAll('#picture .legend li').length") == 5
+    drawn = page.run("""(i => { const c = Object.assign(document.createElement("canvas"), {
+        width: i.naturalWidth, height: i.naturalHeight }); c.getContext("2d").drawImage(i, 0, 0);
+        return c.toDataURL("image/png"); })(document.querySelector("#picture .after"))""")
+    served = Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2]))).convert("RGB")
+    wanted = httpx.post(f"{server[0]}v1/upscale", params={"model": "photos"}, content=sent.read_bytes()).content
+    np.testing.assert_array_equal(np.asarray(served), np.asarray(Image.open(io.BytesIO(wanted))))
+    assert page.run("document.querySelector('.download').download") == "sent-upscaled.png"
+
+
+def test_the_slider_works_by_mouse_finger_and_keyboard(page: Any, tmp_path: Path) -> None:
+    """White in, black out: what is on the screen is the one on its left and the other on its right."""
+    go(page, "restore")
+    choose(page, "#picture", "inverse@champion")
+    page.choose("[data-drop=image] input", picture(tmp_path / "white.png", (255, 255, 255)))
+    submit(page, "#picture")
+    shot = tmp_path / "shot.png"
+    assert colours(page, shot, 0.3, 0.7) == [255, 0]
+
+    x, y, width, height = page.centre(SLIDER)
+    page.mouse("Pressed", x, y + height / 3)
+    for step in range(1, 6):
+        page.mouse("Moved", x + width * 0.06 * step, y + height / 3)
+    page.mouse("Released", x + width * 0.3, y + height / 3)
+    assert abs(float(page.run(AT).rstrip("%")) - 80) < 1
+    assert colours(page, shot, 0.7, 0.9) == [255, 0]
+
+    page.press("Home", 36)  # the mouse gave it the focus
+    assert page.run(AT) == "0%"
+    for _ in range(20):
+        page.press("ArrowRight", 39)
+    assert page.run(AT) == "10%"
+    assert colours(page, shot, 0.05, 0.2) == [255, 0]
+    assert page.run(f"document.querySelector('{SLIDER}').getAttribute('aria-valuetext')") == "10 % before"
+
+    page.size(360, 760, phone=True)
+    x, y, width, height = page.centre(SLIDER)
+    page.touch((x - width * 0.4, y), (x, y), (x + width * 0.15, y))
+    page.until(f"parseFloat({AT}) > 60")
+    assert abs(float(page.run(AT).rstrip("%")) - 65) < 3
+    assert colours(page, shot, 0.6, 0.7) == [255, 0]
+
+
+def test_everything_can_be_done_by_keyboard(page: Any, tmp_path: Path) -> None:
+    page.choose("[data-drop=image] input", picture(tmp_path / "a.png", (9, 99, 200)))
+    seen = []
+    for _ in range(30):
+        page.press("Tab", 9)
+        seen.append(page.run("document.activeElement.className || document.activeElement.name"))
+        if seen[-1] == "primary":
+            break
+    assert seen[0] == "skip"
+    assert "model" in seen
+    page.press("Enter", 13, "\r")
+    page.until("!document.querySelector('#picture .result').hidden")
+    assert page.run("document.querySelector('#picture [role=status]').textContent") == "Done."
+
+
+def test_a_mask_goes_with_the_models_that_fill_in(page: Any, tmp_path: Path) -> None:
+    go(page, "restore")
+    hidden = "document.querySelector('[data-drop=mask]').hidden"
+    choose(page, "#picture", "inverse@champion")
+    page.until(hidden)
+    choose(page, "#picture", "holes@champion")
+    page.until(f"!{hidden}")
+    page.choose("[data-drop=image] input", picture(tmp_path / "white.png", (255, 255, 255)))
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, (60, 0, 90, 60))
+    mask.save(tmp_path / "mask.png")
+    page.choose("[data-drop=mask] input", tmp_path / "mask.png")
+    submit(page, "#picture")
+    page.run(f"document.querySelector('{SLIDER}').focus()")
+    page.press("Home", 36)
+    assert colours(page, tmp_path / "shot.png", 0.4, 0.9) == [255, 153]  # 0.6 where it was white
+    choose(page, "#picture", "method:telea")
+    page.until(f"!{hidden}")
+    submit(page, "#picture")
+    assert "telea" in facts(page, "#picture")["Model"]
+
+
+def test_the_servers_line_is_shown_and_goes_away(page: Any, server: tuple[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "notes.png"
+    text.write_bytes(b"no picture at all")
+    page.choose("[data-drop=image] input", text)
+    page.click("#picture .primary")
+    page.until("!document.querySelector('#picture .error').hidden")
+    said = page.run("document.querySelector('#picture .error').firstChild.textContent")
+    assert said == httpx.post(f"{server[0]}v1/upscale?model=photos", content=text.read_bytes()).json()["detail"]
+    assert page.run("document.querySelector('#picture .error').getAttribute('role')") == "alert"
+    refused = page.complaints()
+    assert len(refused) == 1  # the browser's own line about the status
+    assert "415" in refused[0]
+    page.events.clear()
+    page.choose("[data-drop=image] input", picture(tmp_path / "a.png", (9, 99, 200)))
+    submit(page, "#picture")
+
+
+def test_pictures_are_generated_by_seed(page: Any) -> None:
+    go(page, "generate")
+
+    def made() -> list[str]:
+        submit(page, "#generate")
+        return list(page.run("[...document.querySelectorAll('#generate .gallery img')].map(i => i.src)"))
+
+    page.run("document.querySelector('#generate [name=n]').value = 6")
+    first = made()
+    assert len(set(first)) == 6
+    assert made() == first
+    page.run("document.querySelector('#generate [name=seed]').value = 2")
+    assert not set(made()) & set(first)
+    page.run("document.querySelector('#generate [name=class]').value = 'rose'")
+    page.run("document.querySelector('#generate [name=to_seed]').value = 5")
+    assert len(set(made())) == 6
+    assert page.run("document.querySelector('#generate .gallery span').textContent") == "Step 1 of 6"
+
+
+def test_two_pictures_are_compared(page: Any, tmp_path: Path) -> None:
+    go(page, "compare")
+    noise = np.random.default_rng(0).integers(0, 256, (180, 180, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    Image.fromarray(noise // 2 + 64).save(tmp_path / "b.png")
+    page.choose("[data-drop=a] input", tmp_path / "a.png")
+    page.choose("[data-drop=b] input", tmp_path / "b.png")
+    submit(page, "#compare")
+    shown = page.run("Object.fromEntries([...document.querySelectorAll('.measures dt')].map(d =>"
+                     "[d.firstChild.textContent, d.nextElementSibling.textContent]))")  # fmt: skip
+    assert set(shown) == {
+        "PSNR", "Mean squared error", "Euclidean distance", "SSIM", "MS-SSIM", "SIFT matches", "Cosine"
+    }  # fmt: skip
+    error = np.mean((noise.astype(float) - (noise // 2 + 64)) ** 2)
+    assert float(shown["Mean squared error"]) == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_fits_a_phone_and_everything_has_a_name(page: Any, tmp_path: Path, dark: bool) -> None:
+    page.size(360, 760, phone=True, dark=dark)
+    for task in ("upscale", "restore", "generate", "compare"):
+        go(page, task)
+        assert page.run("document.documentElement.scrollWidth") == 360, task
+        small_targets = page.run(
+            "[...document.querySelectorAll('button, select, nav a, input:not([type=range])')].filter(e => "
+            "e.checkVisibility() && e.getBoundingClientRect().height < 28).map(e => e.outerHTML)"
+        )
+        assert small_targets == []
+        nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+        roles = {"button", "link", "textbox", "combobox", "slider", "spinbutton", "checkbox"}
+        nameless = [n for n in nodes if not n.get("ignored") and n.get("role", {}).get("value") in roles
+                    and not n.get("name", {}).get("value")]  # fmt: skip
+        assert nameless == []
+    assert faint(page) == []
+
+
+def faint(page: Any) -> list[list[Any]]:
+    """Texts whose contrast with the nearest opaque ground is below WCAG's 4.5."""
+    return list(
+        page.run("""(() => {
+      const rgb = (c) => (c.match(/[\\d.]+/g) ?? []).map(Number);
+      const linear = (v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+      const light = (c) => { const [r, g, b] = c.map(linear);
+        return .2126 * r + .7152 * g + .0722 * b; };
+      const ground = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+        if (c.length === 3 || c[3] === 1) return c.slice(0, 3); } return [255, 255, 255]; };
+      const found = [];
+      for (const e of document.querySelectorAll("body *")) {
+        if (!e.checkVisibility() || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+        const [a, b] = [light(rgb(getComputedStyle(e).color).slice(0, 3)), light(ground(e))].sort((x, y) => y - x);
+        if ((a + .05) / (b + .05) < 4.5) found.push([e.outerHTML.slice(0, 80), (a + .05) / (b + .05)]);
+      }
+      return found; })()""")
+    )
+
+
+def test_the_contrast_check_can_tell(page: Any) -> None:
+    """Negative control."""
+    page.run("document.querySelector('h1').style.color = '#999'")
+    assert len(faint(page)) == 1
+
+
+def test_no_script_but_its_own_runs(tab: Any, server: tuple[str, Any]) -> None:
+    tab.open(server[0])
+    inline = (
+        "(s => { s.textContent = 'window.planted = 1'; document.body.append(s) })(document.createElement('script'))"
+    )
+    tab.run(inline)
+    assert tab.run("window.planted") is None
+    tab.open(f"{server[0]}livez")  # negative control: a page without the policy
+    tab.run(inline)
+    assert tab.run("window.planted") == 1
