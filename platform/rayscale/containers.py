@@ -40,7 +40,7 @@ _PNG_ONCE = frozenset([b"iCCP", b"eXIf"])
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset([0x01, *range(0xD0, 0xDA)])  # markers without a length
 _JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_FAST_PPM = re.compile(rb"P[56](?:\s|#[^\r\n]*[\r\n])+\d+(?:\s|#[^\r\n]*[\r\n])+\d+(?:\s|#[^\r\n]*[\r\n])+255\s")
+_PPM_LEVELS = re.compile(rb"P([56])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d+)" * 3 + rb"\s")
 
 
 def lean(kind: str, data: bytes, name: str) -> bytes:
@@ -146,4 +146,5 @@ def _tiff(data: bytes, name: str) -> None:
 def _decoded_in_python(kind: str, data: bytes) -> bool:
     if kind == "bmp":
         return data[14] >= 40 and data[30] in (1, 2)
-    return kind == "ppm" and not _FAST_PPM.match(data[:4096])
+    header = _PPM_LEVELS.match(data[:4096]) if kind == "ppm" else None
+    return header is not None and header[4] not in ((b"255",) if header[1] == b"6" else (b"255", b"65535"))

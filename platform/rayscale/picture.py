@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
 
-from rayscale import imaging
+from rayscale import containers, imaging
 from rayscale.errors import ImageError
 from rayscale.imaging import F32, U8, Header, Limits, Media
 
@@ -123,7 +123,8 @@ def _deep(data: bytes, picture: ImageFile, header: Header) -> Picture:
     if header.format == "ppm":
         found: Any = _ppm(data, picture)
     else:
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        lean = containers.lean(header.format, data, "image")  # OpenCV unpacks texts too
+        found = cv2.imdecode(np.frombuffer(lean, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is None or found.dtype != np.uint16:
         raise ValueError("its 16 bits could not be read")
     found = found.reshape(*found.shape[:2], -1)
