@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import runpy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +33,34 @@ SLIDER = "#picture .pair input"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
-    """A gateway over one small model of each kind, on a port of this machine: its URL and the service."""
+def serve_app() -> Iterator[Callable[[Any], str]]:
+    """Puts a service on a port of this machine; returns its URL."""
+    with ExitStack() as stack:
+
+        def start(service: Any) -> str:
+            running = uvicorn.Server(uvicorn.Config(service.app, host="127.0.0.1", port=0, log_level="warning"))
+            thread = threading.Thread(target=running.run)
+            thread.start()
+            stack.callback(service.gateway.close)
+            stack.callback(thread.join)
+            stack.callback(setattr, running, "should_exit", True)
+            while not running.started:
+                time.sleep(0.02)
+            return f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}/"
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, serve_app: Callable[[Any], str]) -> tuple[str, Any]:
+    """A gateway over one small model of each kind: its URL and the service."""
     folder = tmp_path_factory.mktemp("models")
     service = tools["Service"](folder / "up", small["write"](folder / "up"))
     names = {"inverse": "negative", "holes": "filler", "flowers": "generator", "colours": "embedder"}
     for kind in names.values():
         kinds[kind](folder / kind)
     service.serve(**{name: folder / kind for name, kind in names.items()})
-    running = uvicorn.Server(uvicorn.Config(service.app, host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/", service
-    running.should_exit = True
-    thread.join()
-    service.gateway.close()
+    return serve_app(service), service
 
 
 @pytest.fixture(scope="module")
@@ -317,3 +329,25 @@ def test_no_script_but_its_own_runs(tab: Any, server: tuple[str, Any]) -> None:
     tab.open(f"{server[0]}livez")  # negative control: a page without the policy
     tab.run(inline)
     assert tab.run("window.planted") == 1
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(
+    tab: Any, tmp_path_factory: pytest.TempPathFactory, serve_app: Callable[[Any], str]
+) -> None:
+    from rayscale.serve.keys import parse
+
+    folder = tmp_path_factory.mktemp("locked") / "a"
+    keys = parse(f"me {hashlib.sha256(b'open-sesame').hexdigest()}")
+    service = tools["Service"](folder, small["write"](folder), keys=keys)
+    tab.open(serve_app(service))
+    for given, state in (("wrong", "away"), ("open-sesame", "ready")):
+        tab.until("document.querySelector('dialog').open")
+        tab.run(f"document.querySelector('dialog input').value = '{given}'")
+        tab.click("dialog .primary")
+        tab.until(f"document.querySelector('.health').dataset.state === '{state}'")
+        if state == "away":
+            tab.until("!document.querySelector('dialog .error').hidden")
+            assert "not known" in tab.run("document.querySelector('dialog .error').textContent")
+    tab.click("[data-act=chart]")
+    tab.until("document.querySelector('.drop.full')")
+    submit(tab, "#picture")

@@ -388,6 +388,44 @@ def test_odd_but_honest_pictures_are_answered(service: Target, case: str) -> Non
     assert served.size == (2 * sent.width, 2 * sent.height)
 
 
+FORM = "multipart/form-data; boundary=x"
+
+
+def form(count: int) -> bytes:
+    return b"--x\r\nContent-Disposition: form-data; name=image\r\n\r\n\r\n" * count + b"--x--\r\n"
+
+
+BODIES = {  # bytes, Content-Type, words of the refusal
+    "50,000 parts": (lambda: form(50_000), FORM, "at most 1"),
+    "a part of 50,000 headers": (lambda: b"--x\r\n" + b"A: b\r\n" * 50_000 + b"\r\n\r\n--x--\r\n", FORM, "header"),
+    "boundaries that nearly are": (lambda: b"--x\r\n\r\n" + b"\r\n--" * 300_000, FORM, "boundary"),
+    "a hundred thousand brackets": (lambda: b'{"image":' + b"[" * 100_000, "application/json", "recursion"),
+    "a number of a million digits": (lambda: b'{"image":' + b"1" * 1_000_000 + b"}", "application/json", "digits"),
+    "half a surrogate pair": (lambda: b'{"\\ud800":"aa"}', "application/json", "\\ud800"),
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_that_is_all_structure_is_refused_cheaply(service: Target, case: str) -> None:
+    make, content_type, word = BODIES[case]
+    data = make()
+    answers: list[Answer] = []
+
+    async def main() -> float:
+        seconds = []
+        for _ in range(5):
+            started = time.process_time()
+            answers.append(await service.ask(data, content_type=content_type))
+            seconds.append(time.process_time() - started)
+        return min(seconds)
+
+    assert asyncio.run(main()) < CPU_S
+    for answer in answers:
+        is_refusal(answer, answer.status, word)
+        assert 400 <= answer.status < 500
+
+
 # --- mutations
 
 BASES = [png(), JPEG, PROGRESSIVE, WEBP, TIFF, BMP, PPM, tiff(), jpeg(segment(0xE1, exif_loop())),

@@ -47,7 +47,7 @@ class Body:
         Raises: ConfigError (no such part, too many, broken JSON), MediaTypeError, ImageError for broken base64.
         """
         if self.kind == FORM:
-            found = _form(self.data, self.content_type)
+            found = _form(self.data, self.content_type, sum(most.values()))
         elif self.kind == JSON:
             return json_parts(self.json(), most)
         else:
@@ -104,8 +104,8 @@ def _from_base64(name: str, text: str) -> bytes:
         raise ImageError(name, error, "is no base64", "send the picture's bytes as standard base64") from None
 
 
-def _form(data: bytes, content_type: str) -> list[tuple[str, bytes]]:
-    """Every part by its name. The parser keeps to the standard: nothing is guessed."""
+def _form(data: bytes, content_type: str, most: int) -> list[tuple[str, bytes]]:
+    """Every part by its name, at most so many. The parser keeps to the standard: nothing is guessed."""
     boundary = parse_options_header(content_type.encode())[1].get(b"boundary", b"")
     if not boundary:
         raise MediaTypeError("Content-Type", content_type, "names no boundary", _SHOW)
@@ -125,6 +125,8 @@ def _form(data: bytes, content_type: str) -> list[tuple[str, bytes]]:
         nonlocal disposition
         disposition = b""
         pieces.clear()
+        if len(parts) > most:  # whatever their names: one more is enough to refuse them by
+            raise ConfigError("body", f"more than {most} parts", f"at most {most} are read", "send fewer")
 
     def end() -> None:
         name = parse_options_header(disposition)[1].get(b"name", b"").decode("utf-8", "replace")

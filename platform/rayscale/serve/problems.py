@@ -75,10 +75,10 @@ def problem(
         type=f"urn:rayscale:problem:{kind}",
         title=HTTPStatus(status).phrase,
         status=status,
-        detail=detail,
+        detail=detail.encode(errors="backslashreplace").decode(),  # half a surrogate pair out of JSON is no text
         instance=request.url.path,
         request_id=request.scope.get("rayscale.request_id", ""),
-        field=field,
+        field=field and field.encode(errors="backslashreplace").decode(),
     )
     content = body.model_dump_json(exclude_none=True)
     return Response(content, status, headers, MEDIA_TYPE)

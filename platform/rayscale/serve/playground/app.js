@@ -66,7 +66,7 @@ function tell(place, error) {
   if (error.retryAfter) place.append(make("span", { class: "aside" }, `Try again in ${error.retryAfter} s.`));
   if (error.id) place.append(make("span", { class: "aside" }, `Request ${error.id}`));
   place.hidden = false;
-  if (error.status === 401) openKey();
+  if (error.status === 401) openKey(error.message);
 }
 
 function blobUrl(blob) {
@@ -250,7 +250,8 @@ function fill(select, models, { methods = [], preferred = "" } = {}) {
   if ([...select.options].some((o) => o.value === chosen)) select.value = chosen;
 }
 
-async function refresh() {
+/** Read what is served. `asked`: somebody waits for it, and is asked for a key where one is missing or wrong. */
+async function refresh(asked = false) {
   const health = $(".health");
   try {
     const list = await (await ask("v1/models")).json();
@@ -261,7 +262,7 @@ async function refresh() {
   } catch (error) {
     health.dataset.state = "away";
     $(".words", health).textContent = error.status === 401 ? "key needed" : "no answer";
-    if (error.status === 401 && !key.get()) openKey();
+    if (error.status === 401 && asked) openKey(key.get() && error.message);
   }
   show();
 }
@@ -323,13 +324,16 @@ function show() {
 
 const dialog = $("dialog");
 
-function openKey() {
+function openKey(why = "") {
   if (dialog.open) return;
+  const error = $(".error", dialog);
+  error.textContent = why;
+  error.hidden = !why;
   $('[name="key"]', dialog).value = key.get();
   dialog.showModal();
 }
 
-$('[data-act="key"]').addEventListener("click", openKey);
+$('[data-act="key"]').addEventListener("click", () => openKey());
 dialog.addEventListener("close", async () => {
   if (dialog.returnValue !== "save") return;
   key.set($('[name="key"]', dialog).value.trim());
@@ -337,7 +341,7 @@ dialog.addEventListener("close", async () => {
 });
 
 async function start() {
-  await Promise.all([readRoutes(), refresh()]);
+  await Promise.all([readRoutes(), refresh(true)]);
   show();
 }
 
