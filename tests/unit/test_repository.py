@@ -115,7 +115,7 @@ def test_the_wheel_contains_only_the_package(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"rayscale", next(t for t in tops if t.endswith(".dist-info"))}
-    assert "rayscale/data/plan.py" in names
+    assert {"rayscale/data/plan.py", "rayscale/serve/playground/app.js"} <= set(names)
 
 
 @pytest.mark.parametrize("file", [".", "jobs", "infra", "tests", "serve_configs"])
