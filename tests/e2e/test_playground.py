@@ -199,6 +199,28 @@ def test_everything_can_be_done_by_keyboard(page: Any, tmp_path: Path) -> None:
     assert page.run("document.querySelector('#picture [role=status]').textContent") == "Done."
 
 
+def test_the_skip_link_leads_past_the_bar_and_stays_at_the_task(page: Any) -> None:
+    go(page, "compare")
+    page.run("document.activeElement.blur(); document.querySelector('.skip').focus()")
+    page.press("Enter", 13, "\r")
+    page.until("location.hash === '#main' && document.activeElement.id === 'main'")
+    assert not page.run("document.querySelector('#compare').hidden")
+
+
+def test_stop_ends_the_work_here_and_there(page: Any, server: tuple[str, Any], tmp_path: Path) -> None:
+    page.choose("[data-drop=image] input", picture(tmp_path / "large.png", (9, 99, 200), (3000, 3000)))
+    page.run("document.querySelector('#picture .primary').click()")
+    page.run(
+        "new Promise(r => setTimeout(r, 700)).then(() => document.querySelector('#picture [data-act=stop]').click())"
+    )
+    page.until("document.querySelector('#picture [role=status]').textContent === 'Stopped.'")
+    assert page.run("document.querySelector('#picture .error').hidden")
+    deadline = time.monotonic() + 10
+    while server[1].engine.backlog_s() > 0:  # its tiles are gone from the queue
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_mask_goes_with_the_models_that_fill_in(page: Any, tmp_path: Path) -> None:
     go(page, "restore")
     hidden = "document.querySelector('[data-drop=mask]').hidden"

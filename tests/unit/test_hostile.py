@@ -508,6 +508,31 @@ def test_the_structure_of_any_bytes_is_judged(data: bytes, kind: str) -> None:
 
 # --- a long day
 
+CHATTY = """
+import runpy, sys, warnings
+hostile = runpy.run_path(sys.argv[1])
+from PIL import TiffImagePlugin
+from rayscale import imaging
+for control in (False, True):
+    if control:
+        warnings.resetwarnings()
+    for count in range(2, 30):  # an orientation of so many values
+        tiff = b"II*\\0\\x08\\0\\0\\0" + hostile["ifd"]([(274, 3, count, 26)]) + bytes(2 * count)
+        imaging.read_header(hostile["jpeg"](hostile["segment"](0xE1, b"Exif\\0\\0" + tiff)))
+    remembered = getattr(TiffImagePlugin, "__warningregistry__", {})
+    print(len([key for key in remembered if key != "version"]))
+"""
+
+
+def test_what_pillow_warns_of_is_not_remembered() -> None:
+    """Python keeps every distinct warning for good, and files from outside choose the words."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "PYTHONWARNINGS": ""}
+    command = [sys.executable, "-c", CHATTY, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["0", "28"]  # the second: without our filter, as a control
+
+
 SOAK = """
 import asyncio, runpy, sys
 from pathlib import Path

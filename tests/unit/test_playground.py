@@ -89,7 +89,7 @@ def test_the_page_works_under_its_policy(client: Client, elements: list[tuple[st
             assert client.get(f"/{named}").status_code == 200
     for file in FILES:
         text = re.sub(r'xmlns="[^"]*"', "", file.read_text())
-        assert not re.search(r"https?://|@import|innerHTML|\beval\(", text), file.name
+        assert not re.search(r"https?://|@import|innerHTML *=|insertAdjacentHTML|\beval\(", text), file.name
 
 
 def test_every_control_has_a_name_and_every_reference_a_target(

@@ -136,10 +136,10 @@ async function showMask() {
   mask.label.hidden = !(fills && current() === "restore");
 }
 
-picture.addEventListener("dragover", (event) => event.preventDefault());
-picture.addEventListener("drop", (event) => {
+addEventListener("dragover", (event) => event.preventDefault()); // beside a field the browser would leave the page
+addEventListener("drop", (event) => {
   event.preventDefault();
-  if (event.dataTransfer.files[0]) image.take(event.dataTransfer.files[0]);
+  if (!picture.hidden && event.dataTransfer.files[0]) image.take(event.dataTransfer.files[0]);
 });
 addEventListener("paste", (event) => {
   const file = [...(event.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
@@ -245,8 +245,10 @@ function fill(select, models, { methods = [], preferred = "" } = {}) {
   const named = models.map((m) =>
     option(route(m), m.name, m.scale > 1 && `×${m.scale}`, `version ${m.version}`, m.aliases[0] !== "champion" && m.aliases[0]));
   const group = make("optgroup", { label: "Classical methods" }, ...methods.map((m) => option(`method:${m}`, m.replaceAll("_", " "))));
-  select.replaceChildren(...named, ...(methods.length ? [group] : []));
-  if (!select.options.length) select.append(option("", "no model is ready"));
+  const fresh = [...named, ...(methods.length ? [group] : [])];
+  if (!fresh.length) fresh.push(option("", "no model is ready"));
+  if (fresh.map((node) => node.outerHTML).join("") === select.innerHTML) return; // it may be open just now
+  select.replaceChildren(...fresh);
   if ([...select.options].some((o) => o.value === chosen)) select.value = chosen;
 }
 
@@ -281,7 +283,7 @@ async function readRoutes() {
 
 function current() {
   const named = location.hash.slice(1);
-  return ["upscale", "restore", "generate", "compare"].includes(named) ? named : "upscale";
+  return ["upscale", "restore", "generate", "compare"].includes(named) ? named : shown || "upscale"; // #main is no task
 }
 
 let shown = "";
