@@ -8,10 +8,13 @@ parts are counted first, at the speed of `bytes.find`, and what no reader here n
 from __future__ import annotations
 
 import re
+import zlib
+from collections.abc import Iterator
 
 from rayscale.errors import ImageError
 
 MAX_PARTS = 1000  # chunks, segments or tags; files of cameras and editors have a few dozen
+MANY_PARTS = 8  # a PNG of so many chunks is not worth putting together
 MAX_EXIF = 16  # segments; Pillow joins them, each time copying what it has
 MAX_JUNK = 64 << 10  # bytes between JPEG segments
 MAX_SCANS = 64  # of a JPEG; progressive ones have about ten
@@ -65,24 +68,37 @@ def _too_many(name: str, what: str, most: int) -> ImageError:
 
 
 def _png(data: bytes, name: str) -> bytes:
-    kept: list[bytes] = []
+    """Without other chunks, and 8-bit pixels that come in many in one: Pillow decodes each by a call of its own."""
+    view = memoryview(data)
+    kept: list[bytes | memoryview] = [data[:8]]
+    pixels: list[memoryview] = []
     once: set[bytes] = set()
-    at, start, count, most = 8, 8, 0, MAX_PARTS + len(data) // BYTES_PER_CHUNK
+    at, count, most, left_out = 8, 0, MAX_PARTS + len(data) // BYTES_PER_CHUNK, False
     while at + 12 <= len(data):
         count += 1
         if count > most:
             raise _too_many(name, f"PNG of more than {most} chunks", most)
         kind = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if kind not in _PNG_NEEDED or kind in once:
-            kept.append(data[start:at])
-            start = end
-        elif kind in _PNG_ONCE:
-            once.add(kind)
+        if kind == b"IDAT" and end <= len(data) and data[24] <= 8:  # OpenCV, which reads 16, looks at each checksum
+            pixels.append(view[at + 8 : end - 4])
+        elif kind not in _PNG_NEEDED or kind in once:
+            left_out = True
+        else:
+            kept += (*_one_chunk(pixels), view[at:end])
+            pixels = []
+            once |= {kind} & _PNG_ONCE
         at = end
         if kind == b"IEND":
             break
-    return data if start == 8 else b"".join((data[:8], *kept, data[start:]))
+    kept += (*_one_chunk(pixels), view[at:])
+    return b"".join(kept) if left_out or count > MANY_PARTS else data
+
+
+def _one_chunk(pixels: list[memoryview]) -> Iterator[bytes | memoryview]:
+    if pixels:
+        body = b"".join((b"IDAT", *pixels))
+        yield from ((len(body) - 4).to_bytes(4, "big"), body, zlib.crc32(body).to_bytes(4, "big"))
 
 
 def _jpeg(data: bytes, name: str) -> None:

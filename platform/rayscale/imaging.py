@@ -58,6 +58,7 @@ class Header:
 
 
 _LIMITS = Limits()
+_BLOCK = 1 << 24  # bytes that a decoder is given at once; Pillow holds its lock between blocks
 
 # Pillow's readers, called directly: `Image.open` would try every format it knows and apply its own, global limit.
 _READERS: dict[Format, type[ImageFile]] = {
@@ -151,6 +152,7 @@ def open_lazily(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Head
     with hostile(name, kind):
         bits = _bits(kind, data)  # first, as Pillow reads a PPM's comments however long they are
         picture = _READERS[kind](io.BytesIO(data))
+        picture.decodermaxblock = _BLOCK
         frames, orientation = _frames(picture), _orientation(picture)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             bits = int(max(picture.tag_v2.get(258, (1,))))
