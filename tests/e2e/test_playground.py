@@ -295,6 +295,7 @@ def test_two_pictures_are_compared(page: Any, tmp_path: Path) -> None:
         "PSNR", "Mean squared error", "Euclidean distance", "SSIM", "MS-SSIM", "SIFT matches", "Cosine"
     }  # fmt: skip
     go(page, "upscale")  # whose answer is still there to be taken
+    assert page.run("document.querySelector('#picture .result').checkVisibility()")
     assert page.run("fetchable = new Image(), fetchable.src = document.querySelector('#picture .after').src,"
                     "fetchable.decode().then(() => true)")  # fmt: skip
     error = np.mean((noise.astype(float) - (noise // 2 + 64)) ** 2)

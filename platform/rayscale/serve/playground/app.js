@@ -301,10 +301,11 @@ function show() {
     $(".lead p", picture).textContent = words.lead;
     $(".primary", picture).textContent = words.verb;
     fill(form.model, offered.models.filter(is[now]), { methods: offered.methods[now], preferred: offered.defaults[now] });
-    if (shown && shown !== now) {
+    if (picture.dataset.task && picture.dataset.task !== now) {
       $('[data-act="stop"]', picture).click();
       clear(picture); // it was the other task's
     }
+    picture.dataset.task = now;
     showMask();
   }
   fill($("form", generate).model, offered.models.filter(is.generate), { preferred: offered.defaults.generate });
