@@ -280,6 +280,8 @@ def test_pictures_are_generated_by_seed(page: Any) -> None:
 
 
 def test_two_pictures_are_compared(page: Any, tmp_path: Path) -> None:
+    page.choose("[data-drop=image] input", picture(tmp_path / "small.png", (9, 99, 200)))
+    submit(page, "#picture")
     go(page, "compare")
     noise = np.random.default_rng(0).integers(0, 256, (180, 180, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
@@ -292,6 +294,10 @@ def test_two_pictures_are_compared(page: Any, tmp_path: Path) -> None:
     assert set(shown) == {
         "PSNR", "Mean squared error", "Euclidean distance", "SSIM", "MS-SSIM", "SIFT matches", "Cosine"
     }  # fmt: skip
+    go(page, "upscale")  # whose answer is still there to be taken
+    assert page.run("document.querySelector('#picture .result').checkVisibility()")
+    assert page.run("fetchable = new Image(), fetchable.src = document.querySelector('#picture .after').src,"
+                    "fetchable.decode().then(() => true)")  # fmt: skip
     error = np.mean((noise.astype(float) - (noise // 2 + 64)) ** 2)
     assert float(shown["Mean squared error"]) == pytest.approx(error, rel=1e-3)
 

@@ -224,7 +224,7 @@ def memory(key: str) -> int:
 
 
 def cost(work: Callable[[], Any], tries: int = 5) -> tuple[float, int]:
-    """Least CPU seconds and least growth of the peak memory of several tries."""
+    """Least CPU seconds and largest growth of the peak memory of several tries."""
     seconds, growth = [], []
     for _ in range(tries):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -232,7 +232,7 @@ def cost(work: Callable[[], Any], tries: int = 5) -> tuple[float, int]:
         work()
         seconds.append(time.process_time() - started)
         growth.append(memory("VmHWM") - before)
-    return min(seconds), min(growth)
+    return min(seconds), max(growth)
 
 
 needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -302,14 +302,13 @@ def test_a_refusal_is_right_and_cheap(service: Target, case: str) -> None:
 
     async def main() -> tuple[float, int]:
 
-        answers.append(await service.ask(data))
         found = []
         for _ in range(5):
             Path("/proc/self/clear_refs").write_text("5")
             before, started = memory("VmRSS"), time.process_time()
             answers.append(await service.ask(data))
             found.append((time.process_time() - started, memory("VmHWM") - before))
-        return min(f[0] for f in found), min(f[1] for f in found)
+        return min(f[0] for f in found), max(f[1] for f in found)
 
     seconds, growth = asyncio.run(main())
     for answer in answers:
@@ -338,7 +337,9 @@ def test_the_bombs_go_off_elsewhere(case: str) -> None:
     def work() -> None:
         Image.open(io.BytesIO(data)).load()
 
-    assert cost(work, 1)[0] > 5 * CPU_S
+    seconds, growth = cost(work, 1)
+    assert seconds > 5 * CPU_S
+    assert growth > MEMORY or case != "segments"
 
 
 @needs_proc

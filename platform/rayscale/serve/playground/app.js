@@ -9,7 +9,7 @@ const PICTURE_TASKS = {
 const REFRESH_MS = 15_000;
 const FILLING = new Set(["method:telea", "method:navier_stokes"]);
 const offered = { models: [], held: {}, defaults: {}, routes: new Set(), methods: {} };
-let urls = []; // of results shown, to be given back
+const urls = new Map(); // section -> of its result
 
 // --- tasks: a form and what its submission does
 
@@ -69,15 +69,11 @@ function tell(place, error) {
   if (error.status === 401) openKey(error.message);
 }
 
-function blobUrl(blob) {
-  const url = URL.createObjectURL(blob);
-  urls.push(url);
-  return url;
-}
-
-function forget() {
-  urls.forEach((url) => URL.revokeObjectURL(url));
-  urls = [];
+/** URLs of what a section shows from now on; those of what it showed are given back. */
+function keep(section, ...blobs) {
+  (urls.get(section) ?? []).forEach((url) => URL.revokeObjectURL(url));
+  urls.set(section, blobs.map((blob) => URL.createObjectURL(blob)));
+  return urls.get(section);
 }
 
 const dimensions = async (url) => {
@@ -109,8 +105,7 @@ task(picture, async (form, signal) => {
   const response = await ask(path + query, { method: "POST", body, headers, signal });
   const blob = await response.blob();
   const took = performance.now() - started;
-  forget();
-  const [before, after] = [blobUrl(image.file), blobUrl(blob)];
+  const [before, after] = keep(picture, image.file, blob);
   const [was, is] = await Promise.all([dimensions(before), dimensions(after)]);
   const name = `${image.file.name.replace(/\.\w+$/, "") || "picture"}-${current()}d.${blob.type.split("/")[1]}`;
   const rows = [["Size", was ? `${was} → ${is}` : is], ["File", `${size(image.file.size)} → ${size(blob.size)}`]];
@@ -202,8 +197,7 @@ task($("#compare"), async (form, signal) => {
   const response = await ask(`v1/similarity${query}`, { method: "POST", body, headers: { Accept: "application/json" }, signal });
   const answer = await response.json();
   const took = performance.now() - started;
-  forget();
-  return [measures(answer.data[0]), comparison(blobUrl(a.file), blobUrl(b.file), { names: ["First", "Second"] }), ...facts(response, took)];
+  return [measures(answer.data[0]), comparison(...keep(form, a.file, b.file), { names: ["First", "Second"] }), ...facts(response, took)];
 });
 
 const MEASURES = { // group -> measure -> [its name, what it says]
@@ -307,7 +301,11 @@ function show() {
     $(".lead p", picture).textContent = words.lead;
     $(".primary", picture).textContent = words.verb;
     fill(form.model, offered.models.filter(is[now]), { methods: offered.methods[now], preferred: offered.defaults[now] });
-    if (shown && shown !== now) clear(picture); // it was the other task's
+    if (picture.dataset.task && picture.dataset.task !== now) {
+      $('[data-act="stop"]', picture).click();
+      clear(picture); // it was the other task's
+    }
+    picture.dataset.task = now;
     showMask();
   }
   fill($("form", generate).model, offered.models.filter(is.generate), { preferred: offered.defaults.generate });
