@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 from rayscale import classical, latents, picture
 from rayscale.imaging import Limits
-from rayscale.serve.methods import MASKED, Restoring, Upscaling, applicable, compared
+from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
 from rayscale.serve.rollout import Release, Table
 
 TESTS = Path(__file__).parents[1]
@@ -121,6 +121,28 @@ def test_a_version_by_its_number(service: Any) -> None:
     answer = post(service, "/v1/upscale?model=photos:2", content=png(photo()))
     assert answer.headers["x-rayscale-model"] == "photos:2"
     is_problem(post(service, "/v1/upscale?model=photos:7", content=b""), 404, "photos:7", "photos:")
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 52), (131, 97)])
+def test_a_burst_becomes_one_picture(service: Any, folders: dict[str, Path], height: int, width: int) -> None:
+    kinds["burst"](folders["photos"].parent / f"burst{height}")
+    service.serve(burst=folders["photos"].parent / f"burst{height}")
+    frames = [photo(height, width, seed=i) for i in range(3)]
+    parts = [("image", (str(i), png(frame))) for i, frame in enumerate(frames)]
+    response = post(service, "/v1/burst", files=parts)
+    assert response.status_code == 200, response.text
+    mean = np.mean(np.float32(frames) / np.float32(255), axis=0, dtype=np.float32)
+    want = np.rint(mean * np.float32(255)).repeat(2, axis=0).repeat(2, axis=1)
+    assert np.abs(decoded(response.content) - want).max() <= 1
+    assert np.abs(decoded(response.content) - want).mean() < 0.01
+    assert response.headers["x-rayscale-tiling"] == ("whole" if height == 40 else "tiled 9")
+    added = post(service, "/v1/burst?method=shift_and_add&scale=2", files=parts)
+    shift_and_add = next(m for m in classical.methods("burst", 2) if m.name == "shift_and_add").default()
+    np.testing.assert_array_equal(decoded(added.content), shift_and_add(np.stack(frames)))
+    is_problem(post(service, "/v1/burst", files=parts[:2]), 400, "2 frames", "takes 3")
+    is_problem(post(service, "/v1/burst?method=bicubic", files=parts[:1]), 400, "at least 2")
+    parts[1] = ("image", ("x", png(photo(9, 9))))
+    is_problem(post(service, "/v1/burst", files=parts), 422, "9x9")
 
 
 # What a file says beside its colours
@@ -250,6 +272,7 @@ def test_forms_and_json_have_limits_too(service: Any) -> None:
 def test_the_methods_are_those_of_the_library() -> None:
     same_size = {m.name for problem in ("denoise", "deblock", "deblur", "inpaint") for m in classical.methods(problem)}
     assert set(get_args(Restoring)) == same_size - {"bm3d"}
+    assert set(get_args(Merging)) == {m.name for m in classical.methods("burst")}
     assert set(get_args(Upscaling)) == {m.name for m in classical.methods("upscale")}
     assert {m.name for m in classical.methods("inpaint")} == MASKED
 
