@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import runpy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -16,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from rayscale import classical, latents, picture
+from rayscale import classical, imaging, latents, metrics, picture
 from rayscale.imaging import Limits
+from rayscale.serve import body
 from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
 from rayscale.serve.rollout import Release, Table
 
@@ -468,6 +470,53 @@ def test_without_an_embedding_model_pixels_are_compared(service: Any, folders: d
     value = post(service, "/v1/similarity", files=entry).json()
     assert "cosine" not in value["data"][0]
     is_problem(post(service, "/v1/similarity?measure=cosine", files=entry), 404, "embed")
+
+
+def test_many_pictures_have_the_limit_of_one(service: Any) -> None:
+    limits = Limits(max_bytes=200_000, max_pixels=2500)
+    service.gateway.settings = service.gateway.settings.__class__(limits=limits)
+    small, large = png(photo(30, 40)), png(photo(40, 40))
+    assert post(service, "/v1/embed", files=[("image", small), ("image", small)]).status_code == 200
+    is_problem(post(service, "/v1/embed", files=[("image", small), ("image", large)]), 413, "2800 pixels")
+    assert post(service, "/v1/similarity", files={"a": small, "b": small}).status_code == 200
+    is_problem(post(service, "/v1/similarity", files={"a": small, "b": large}), 413, "2800 pixels")
+
+
+def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = png(photo(131, 97)), png(photo(131, 97, seed=1))
+    see_through, fine = rgba(photo(), photo()[..., 0]), png(deep(131, 97))
+    seen: dict[str, set[str]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).add(threading.current_thread().name.partition("_")[0])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in (
+        (picture, "decode"), (picture, "encode"), (picture, "enlarged"), (imaging, "read_header"),
+        (imaging, "encode"), (latents, "latents"), (metrics, "ssim"), (body.Body, "parts"), (cv2, "imdecode"),
+        (np, "empty"), (np, "pad"),
+    ):  # fmt: skip
+        watch(owner, name)
+    answers = [
+        post(service, "/v1/upscale", content=see_through),
+        post(service, "/v1/upscale", content=good),
+        post(service, "/v1/restore?model=negative", content=fine),
+        post(service, "/v1/restore?model=filler", files={"image": good, "mask": good}),
+        post(service, "/v1/restore?method=median", content=good),
+        post(service, "/v1/generate", json={"n": 2}, headers={"Accept": "application/json"}),
+        post(service, "/v1/embed", content=good),
+        post(service, "/v1/similarity", files={"a": good, "b": other}),
+    ]
+    assert [r.status_code for r in answers] == [200] * 8
+    assert set(seen) >= {"decode", "encode", "enlarged", "read_header", "latents", "ssim", "parts", "imdecode", "empty"}
+    assert {t for threads in seen.values() for t in threads} <= {"codec", "slow", "engine"}
+    imaging.read_header(good)  # negative control: the watch sees who calls
+    assert "MainThread" in seen["read_header"]
 
 
 # Models

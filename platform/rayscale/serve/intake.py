@@ -81,9 +81,9 @@ def single(body: Body, limits: Limits, model: str, *, masked: bool, may_mask: bo
     """One picture and, for who takes one, its mask. Raises: as `Body.parts`, `imaging.read_header`; ConfigError."""
     parts = body.parts({"image": 1, "mask": 1} if may_mask else {"image": 1})
     image, mask = only(parts, "image"), parts.get("mask", [None])[0]
-    header = _header(image, limits, "image")
+    header = header_of(image, limits, "image")
     if mask is not None:
-        size = _header(mask, limits, "mask")
+        size = header_of(mask, limits, "mask")
         if not masked:
             raise ConfigError("mask", f"{size.width}x{size.height}", f"{model} takes none", "leave it out")
         _check_alike(size, header, "mask")
@@ -101,16 +101,22 @@ def burst(body: Body, limits: Limits, model: str, count: int | None) -> Files:
     if len(frames) != (count or max(2, len(frames))):
         rule = f"{model} takes {count or 'at least 2'}"
         raise ConfigError("image", f"{len(frames)} frames", rule, "send as many parts named image")
-    headers = [_header(frame, limits, "image") for frame in frames]
+    headers = [header_of(frame, limits, "image") for frame in frames]
     for header in headers[1:]:
         _check_alike(header, headers[0], "image")
-    if sum(h.width * h.height for h in headers) > limits.max_pixels:
-        rule = f"all frames have at most {limits.max_pixels} pixels"
-        raise TooLargeError("image", f"{len(frames)} of {headers[0].width}x{headers[0].height}", rule, "send less")
+    check_total(headers, limits)
     return Files(frames, headers[0], None)
 
 
-def _header(data: bytes, limits: Limits, name: str) -> Header:
+def check_total(headers: Sequence[Header], limits: Limits) -> None:
+    """The limit of one picture is that of all of a request too. Raises: TooLargeError."""
+    if (pixels := sum(h.width * h.height for h in headers)) > limits.max_pixels:
+        rule = f"a request has at most {limits.max_pixels} pixels"
+        raise TooLargeError("image", f"{pixels} pixels in {len(headers)}", rule, "send fewer at once")
+
+
+def header_of(data: bytes, limits: Limits, name: str) -> Header:
+    """Raises: as `imaging.read_header`; ImageError for what an answer could not keep."""
     header = imaging.read_header(data, limits, name)
     picture.check_kept(header, name)
     return header
@@ -129,7 +135,8 @@ def decode(files: Files, limits: Limits, *, masked: bool) -> tuple[Picture, U8 |
     """
     found = picture.decode(files.frames[0], limits)
     if masked and files.mask is None:
-        assert found.alpha is not None  # the header said so
+        if found.alpha is None:
+            raise ImageError("image", f"{found.bits} bits", "its transparency could not be read", "send a mask")
         missing = np.where(picture.to_u8(found.alpha) < MISSING_FROM, 255, 0).astype(np.uint8)
         return replace(found, alpha=None), missing
     if found.alpha is not None:
