@@ -71,6 +71,25 @@ def filler(folder: Path) -> str:
     return _write(folder, model, ModelCard(family="filler", spec=spec, licence="MIT"))
 
 
+def burst(folder: Path, *, frames: int = 3) -> str:
+    """The mean of so many frames, each pixel twice as wide and high."""
+    nodes = [
+        helper.make_node("ReduceMean", ["frames", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Resize", ["mean", "", "sizes"], ["image_out"], mode="nearest"),
+    ]
+    constants = {"axes": np.array([1], np.int64), "sizes": np.array([1, 1, 2, 2], np.float32)}
+    inputs = {"frames": ["n", frames, 3, "h", "w"]}
+    model = _model(nodes, inputs, ("image_out", ["n", 3, "h2", "w2"]), constants)
+    spec = Spec(
+        kind="burst",
+        inputs=(TensorSpec(name="frames", shape=("n", frames, 3, "h", "w")),),
+        outputs=(TensorSpec(name="image_out", shape=("n", 3, "2*h", "2*w")),),
+        scale=2,
+        halo_px=0,
+    )
+    return _write(folder, model, ModelCard(family="mean", spec=spec, licence="MIT"))
+
+
 def generator(folder: Path, *, classes: bool = True) -> str:
     """sigmoid(z W (+ label V)) as pictures of 6 px."""
     rng = np.random.default_rng(2)

@@ -185,7 +185,10 @@ def enlarged(plane: Samples, scale: int) -> Samples:
     if scale == 1:
         return plane
     height, width = plane.shape
-    wide = Image.fromarray(plane.astype(np.float32)).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    given = plane if plane.dtype == np.uint8 else plane.astype(np.float32)  # Pillow has no bicubic of 16 bits
+    wide = Image.fromarray(given).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    if plane.dtype == np.uint8:
+        return np.array(wide)
     found: Samples = np.rint(np.asarray(wide)).clip(0, np.iinfo(plane.dtype).max).astype(plane.dtype)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from rayscale.train import checkpoint
 from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.loop import RunSettings, State, build_state, fit
 
+served = runpy.run_path(str(Path(__file__).parents[1] / "service.py"))
 CPU = torch.device("cpu")
 TINY = {name: make for name, make in discover().items() if name.endswith(":tiny")}
 OTHERS = {name: make for name, make in discover().items() if name not in TINY}
@@ -213,6 +215,17 @@ def test_it_tiles_exactly_or_says_why_not(name: str, shipped: dict[str, Path]) -
         for height, width in ((tile, tile), (tile + 1, tile - 1), (2 * tile + 3, 3 * tile + 1), (7, 4 * tile)):
             given = pictures(spec, height, width)
             assert np.array_equal(session_run(session, tile)(*given), session_run(session)(*given)), (height, width)
+
+
+@families
+def test_the_route_of_its_role_answers_what_it_says(name: str, shipped: dict[str, Path]) -> None:
+    for folder in (f for key, f in shipped.items() if key.startswith(f"{name}/")):
+        session = artifact.load(folder, threads=1)
+        service = served["Service"](folder, session.digest)
+        try:
+            served["check_served"](service, "photos", session)
+        finally:
+            service.gateway.close()
 
 
 @pytest.mark.parametrize("name", OTHERS)

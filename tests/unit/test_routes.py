@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import runpy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -16,9 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from rayscale import classical, latents, picture
+from rayscale import classical, imaging, latents, metrics, picture
 from rayscale.imaging import Limits
-from rayscale.serve.methods import MASKED, Restoring, Upscaling, applicable, compared
+from rayscale.serve import body
+from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
 from rayscale.serve.rollout import Release, Table
 
 TESTS = Path(__file__).parents[1]
@@ -121,6 +123,28 @@ def test_a_version_by_its_number(service: Any) -> None:
     answer = post(service, "/v1/upscale?model=photos:2", content=png(photo()))
     assert answer.headers["x-rayscale-model"] == "photos:2"
     is_problem(post(service, "/v1/upscale?model=photos:7", content=b""), 404, "photos:7", "photos:")
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 52), (131, 97)])
+def test_a_burst_becomes_one_picture(service: Any, folders: dict[str, Path], height: int, width: int) -> None:
+    kinds["burst"](folders["photos"].parent / f"burst{height}")
+    service.serve(burst=folders["photos"].parent / f"burst{height}")
+    frames = [photo(height, width, seed=i) for i in range(3)]
+    parts = [("image", (str(i), png(frame))) for i, frame in enumerate(frames)]
+    response = post(service, "/v1/burst", files=parts)
+    assert response.status_code == 200, response.text
+    mean = np.mean(np.float32(frames) / np.float32(255), axis=0, dtype=np.float32)
+    want = np.rint(mean * np.float32(255)).repeat(2, axis=0).repeat(2, axis=1)
+    assert np.abs(decoded(response.content) - want).max() <= 1
+    assert np.abs(decoded(response.content) - want).mean() < 0.01
+    assert response.headers["x-rayscale-tiling"] == ("whole" if height == 40 else "tiled 9")
+    added = post(service, "/v1/burst?method=shift_and_add&scale=2", files=parts)
+    shift_and_add = next(m for m in classical.methods("burst", 2) if m.name == "shift_and_add").default()
+    np.testing.assert_array_equal(decoded(added.content), shift_and_add(np.stack(frames)))
+    is_problem(post(service, "/v1/burst", files=parts[:2]), 400, "2 frames", "takes 3")
+    is_problem(post(service, "/v1/burst?method=bicubic", files=parts[:1]), 400, "at least 2")
+    parts[1] = ("image", ("x", png(photo(9, 9))))
+    is_problem(post(service, "/v1/burst", files=parts), 422, "9x9")
 
 
 # What a file says beside its colours
@@ -250,6 +274,7 @@ def test_forms_and_json_have_limits_too(service: Any) -> None:
 def test_the_methods_are_those_of_the_library() -> None:
     same_size = {m.name for problem in ("denoise", "deblock", "deblur", "inpaint") for m in classical.methods(problem)}
     assert set(get_args(Restoring)) == same_size - {"bm3d"}
+    assert set(get_args(Merging)) == {m.name for m in classical.methods("burst")}
     assert set(get_args(Upscaling)) == {m.name for m in classical.methods("upscale")}
     assert {m.name for m in classical.methods("inpaint")} == MASKED
 
@@ -445,6 +470,53 @@ def test_without_an_embedding_model_pixels_are_compared(service: Any, folders: d
     value = post(service, "/v1/similarity", files=entry).json()
     assert "cosine" not in value["data"][0]
     is_problem(post(service, "/v1/similarity?measure=cosine", files=entry), 404, "embed")
+
+
+def test_many_pictures_have_the_limit_of_one(service: Any) -> None:
+    limits = Limits(max_bytes=200_000, max_pixels=2500)
+    service.gateway.settings = service.gateway.settings.__class__(limits=limits)
+    small, large = png(photo(30, 40)), png(photo(40, 40))
+    assert post(service, "/v1/embed", files=[("image", small), ("image", small)]).status_code == 200
+    is_problem(post(service, "/v1/embed", files=[("image", small), ("image", large)]), 413, "2800 pixels")
+    assert post(service, "/v1/similarity", files={"a": small, "b": small}).status_code == 200
+    is_problem(post(service, "/v1/similarity", files={"a": small, "b": large}), 413, "2800 pixels")
+
+
+def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = png(photo(131, 97)), png(photo(131, 97, seed=1))
+    see_through, fine = rgba(photo(), photo()[..., 0]), png(deep(131, 97))
+    seen: dict[str, set[str]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).add(threading.current_thread().name.partition("_")[0])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in (
+        (picture, "decode"), (picture, "encode"), (picture, "enlarged"), (imaging, "read_header"),
+        (imaging, "encode"), (latents, "latents"), (metrics, "ssim"), (body.Body, "parts"), (cv2, "imdecode"),
+        (np, "empty"), (np, "pad"),
+    ):  # fmt: skip
+        watch(owner, name)
+    answers = [
+        post(service, "/v1/upscale", content=see_through),
+        post(service, "/v1/upscale", content=good),
+        post(service, "/v1/restore?model=negative", content=fine),
+        post(service, "/v1/restore?model=filler", files={"image": good, "mask": good}),
+        post(service, "/v1/restore?method=median", content=good),
+        post(service, "/v1/generate", json={"n": 2}, headers={"Accept": "application/json"}),
+        post(service, "/v1/embed", content=good),
+        post(service, "/v1/similarity", files={"a": good, "b": other}),
+    ]
+    assert [r.status_code for r in answers] == [200] * 8
+    assert set(seen) >= {"decode", "encode", "enlarged", "read_header", "latents", "ssim", "parts", "imdecode", "empty"}
+    assert {t for threads in seen.values() for t in threads} <= {"codec", "slow", "engine"}
+    imaging.read_header(good)  # negative control: the watch sees who calls
+    assert "MainThread" in seen["read_header"]
 
 
 # Models

@@ -17,6 +17,7 @@ Restoring = Literal[
     "unchanged", "mean", "median", "gaussian", "bilateral", "nonlocal_means",
     "unsharp", "wiener_gaussian", "wiener_disc", "telea", "navier_stokes",
 ]  # fmt: skip
+Merging = Literal["bicubic", "shift_and_add"]
 MASKED = frozenset({"telea", "navier_stokes"})  # they fill what a mask marks
 
 _PROBLEMS: tuple[Literal["denoise", "deblur", "inpaint"], ...] = ("denoise", "deblur", "inpaint")
@@ -30,6 +31,15 @@ def filtered(rgb: U8, missing: U8 | None, method: str, scale: int) -> U8:
         return classical.upscale(rgb, scale=scale, kind=method)  # type: ignore[arg-type]
     found = next(m for problem in _PROBLEMS for m in classical.methods(problem) if m.name == method)
     return found.default()(rgb) if missing is None else found.default()(rgb, missing[..., None])
+
+
+def merged(frames: U8, method: str, scale: int) -> U8:
+    """u8[h, w, 3 T] -> u8[h * scale, w * scale, 3], of which the first frame is the reference."""
+    from rayscale import classical
+
+    found = next(m for m in classical.methods("burst", scale) if m.name == method)
+    height, width, channels = frames.shape
+    return found.default()(np.ascontiguousarray(np.moveaxis(frames.reshape(height, width, channels // 3, 3), 2, 0)))
 
 
 Measure = Literal["mse", "psnr", "euclidean", "ssim", "ms_ssim", "sift", "cosine"]

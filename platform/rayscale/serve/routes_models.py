@@ -14,7 +14,7 @@ from rayscale.serve import problems
 from rayscale.serve.gateway import Gateway, Role, role_of
 from rayscale.serve.rollout import Release, Table, route_of
 
-ROLES: tuple[Role, ...] = ("upscale", "restore", "generate", "embed")
+ROLES: tuple[Role, ...] = ("upscale", "restore", "burst", "generate", "embed")
 
 
 class ModelInfo(pydantic.BaseModel):

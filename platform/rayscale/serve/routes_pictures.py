@@ -1,4 +1,4 @@
-"""/v1/upscale, /v1/restore, /v1/generate: answers that are pictures."""
+"""/v1/upscale, /v1/restore, /v1/burst, /v1/generate: answers that are pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayscale.serve.answers import negotiate, respond
 from rayscale.serve.body import JSON, Body, read_body
 from rayscale.serve.gateway import Gateway, Role
 from rayscale.serve.generate import GenerateRequest, check, generate
-from rayscale.serve.methods import Restoring, Upscaling
+from rayscale.serve.methods import Merging, Restoring, Upscaling
 from rayscale.serve.transform import Finish, by_method, by_model
 
 SETTINGS_BYTES = 32 << 10
@@ -45,6 +45,15 @@ class UpscaleQuery(PictureQuery):
     method: Upscaling | None = pydantic.Field(default=None, description="a classical method instead of a model")
 
 
+class BurstQuery(PictureQuery):
+    """Of /v1/burst."""
+
+    scale: int | None = pydantic.Field(
+        default=None, ge=1, le=8, description="chooses among models; how far a method enlarges", examples=[2]
+    )
+    method: Merging | None = pydantic.Field(default=None, description="a classical method instead of a model")
+
+
 class RestoreQuery(PictureQuery):
     """Of /v1/restore."""
 
@@ -64,17 +73,19 @@ def routes(gateway: Gateway) -> APIRouter:
         *ERRORS,
     )
 
-    async def answer(request: Request, query: UpscaleQuery | RestoreQuery, role: Role, accept: str) -> Response:
-        scale = query.scale if isinstance(query, UpscaleQuery) else None
+    async def answer(
+        request: Request, query: UpscaleQuery | BurstQuery | RestoreQuery, role: Role, accept: str
+    ) -> Response:
+        scale = None if isinstance(query, RestoreQuery) else query.scale
         finish = Finish(format=negotiate(accept), contrast=query.contrast, sharpen=query.sharpen)
         if query.method is not None:
             if query.model:
                 raise ConfigError("method", query.method, "stands in for a model", "leave out one of them")
             gateway.check_ready()
             request.scope["rayscale.model"] = f"classical:{query.method}"
-            factor = (scale or 2) if role == "upscale" else 1
+            factor = 1 if role == "restore" else scale or 2
             return await respond(
-                gateway, request, lambda body: by_method(gateway, body, query.method or "", factor, finish)
+                gateway, request, lambda body: by_method(gateway, body, query.method or "", role, factor, finish)
             )
         release = gateway.resolve(query.model, role, scale)
         request.scope["rayscale.model"] = release.name
@@ -101,6 +112,18 @@ def routes(gateway: Gateway) -> APIRouter:
     )
     async def restore(request: Request, query: Annotated[RestoreQuery, Query()], accept: Accept = "*/*") -> Response:
         return await answer(request, query, "restore", accept)
+
+    @router.post(
+        "/v1/burst",
+        summary="Several shifted frames of one scene in, one larger picture out",
+        description="Parts `image`, as many as the model takes; the first is what the others are laid upon. 8 bits, "
+        "transparency is laid over white.",
+        response_class=Response,
+        responses=answers,
+        openapi_extra=pages.body({"image": "a frame; all of one size, several parts or a list in JSON"}, raw=False),
+    )
+    async def merged(request: Request, query: Annotated[BurstQuery, Query()], accept: Accept = "*/*") -> Response:
+        return await answer(request, query, "burst", accept)
 
     @router.post(
         "/v1/generate",

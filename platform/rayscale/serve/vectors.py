@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ from rayscale.contract import Spec
 from rayscale.errors import ConfigError, TooLargeError
 from rayscale.imaging import F32, U8
 from rayscale.serve.answers import Answer, timing_header
-from rayscale.serve.batching import Timing
+from rayscale.serve.batching import Timing, too_late
 from rayscale.serve.body import JSON, Body, json_parts, only
 from rayscale.serve.gateway import Gateway
+from rayscale.serve.intake import check_total, header_of
 from rayscale.serve.methods import Measure, applicable, compared
 from rayscale.serve.rollout import Release
 
@@ -63,8 +65,7 @@ def _decode_all(gateway: Gateway, body: Body, release: Release, side_px: int) ->
     limits, spec = gateway.settings.limits, gateway.card(release, "embed").spec
     parts = body.parts({"image": gateway.settings.max_items})
     only(parts, "image")
-    for data in parts["image"]:
-        picture.check_kept(imaging.read_header(data, limits), "image")
+    check_total([header_of(data, limits, "image") for data in parts["image"]], limits)
     return [shown(spec, picture.decode(data, limits).flat(), side_px) for data in parts["image"]]
 
 
@@ -104,6 +105,8 @@ async def similarity(
     rows: list[dict[str, Any]] = []
     spans = {"decode": read_s, "compare": 0.0, "queue": 0.0, "infer": 0.0}
     for index, pair in enumerate(pairs):
+        if time.monotonic() >= deadline:
+            raise too_late()
         (a, b, found), seconds = await gateway.slow(_compare, gateway, pair, measures)
         spans["compare"] += seconds
         if release is not None:
@@ -146,13 +149,15 @@ def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
         if len(parts["a"]) != len(parts["b"]):
             raise ConfigError("body", f"{len(parts['a'])} a, {len(parts['b'])} b", "must come in pairs", "send as many")
         pairs = list(zip(parts["a"], parts["b"], strict=True))
+    headers = []
     for pair in pairs:
         for name, data in zip("ab", pair, strict=True):
-            header = imaging.read_header(data, gateway.settings.limits, name)
-            picture.check_kept(header, name)
+            header = header_of(data, gateway.settings.limits, name)
+            headers.append(header)
             if header.width * header.height > gateway.settings.max_method_pixels:
                 rule = f"at most {gateway.settings.max_method_pixels} pixels are compared"
                 raise TooLargeError(name, f"{header.width}x{header.height}", rule, "send a smaller picture")
+    check_total(headers, gateway.settings.limits)
     return pairs
 
 

@@ -1,0 +1,153 @@
+"""From a body to what an engine or a filter takes: every header before the first pixel; masks, alpha, bursts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rayscale import imaging, picture
+from rayscale.contract import Spec
+from rayscale.errors import ConfigError, ImageError, TooLargeError
+from rayscale.imaging import U8, Header, Limits
+from rayscale.picture import Picture
+from rayscale.serve.batching import leads
+from rayscale.serve.body import Body, only
+from rayscale.serve.deep import DeepCanvas
+from rayscale.serve.engine import Canvas, Plan, plan
+from rayscale.serve.gateway import Gateway, Role
+from rayscale.serve.rollout import Release
+
+MISSING_FROM = 128  # of a mask's gray; below this of a picture's alpha: pixels to be filled
+MOST_FRAMES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A decoded picture, cut by its plan."""
+
+    found: Picture
+    plan: Plan
+    spec: Spec
+    canvas: Canvas | DeepCanvas
+
+
+@dataclass(frozen=True)
+class Files:
+    """The parts of a request, whose headers are within the limits and fit each other."""
+
+    frames: Sequence[bytes]  # one, or those of a burst
+    header: Header  # of the first
+    mask: bytes | None
+
+
+def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline: float) -> Work:
+    """What the model's tiles are cut from. Raises: what refuses a request, the cheapest first."""
+    spec, limits = gateway.card(release, role).spec, gateway.settings.limits
+    channels = tuple(math.prod(lead) for lead in leads(spec).values())
+    if role == "burst":
+        count, masked = channels[0] // 3, False
+        files = burst(body, limits, str(release), count)
+    elif channels in ((3,), (3, 1)):
+        masked = len(channels) == 2
+        files = single(body, limits, str(release), masked=masked, may_mask=role == "restore")
+    else:
+        names = ", ".join(t.name for t in spec.inputs)
+        raise ConfigError("model", names, "has inputs that this route does not feed", "see /v1/models")
+    header = files.header
+    check_output(gateway, header, spec.scale)
+    planned = plan(spec, header.height, header.width, gateway.engine.settings)
+    cost_s = gateway.engine.cost_s(release.digest, planned.pixels)
+    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}")
+    if role == "burst":
+        found, stack = decode_burst(files, limits)
+        return Work(found, planned, spec, Canvas(planned, stack))
+    found, mask = decode(files, limits, masked=masked)
+    if found.bits == 16:
+        return Work(found, planned, spec, DeepCanvas(planned, spec, found.rgb, mask))
+    return Work(found, planned, spec, Canvas(planned, found.rgb if mask is None else np.dstack([found.rgb, mask])))
+
+
+def check_output(gateway: Gateway, header: Header, scale: int) -> None:
+    """Raises: TooLargeError."""
+    if header.width * header.height * scale**2 > gateway.settings.max_output_pixels:
+        rule = f"at most {gateway.settings.max_output_pixels} output pixels are made"
+        raise TooLargeError("output", f"{header.width * scale}x{header.height * scale}", rule, "send a smaller picture")
+
+
+def single(body: Body, limits: Limits, model: str, *, masked: bool, may_mask: bool) -> Files:
+    """One picture and, for who takes one, its mask. Raises: as `Body.parts`, `imaging.read_header`; ConfigError."""
+    parts = body.parts({"image": 1, "mask": 1} if may_mask else {"image": 1})
+    image, mask = only(parts, "image"), parts.get("mask", [None])[0]
+    header = header_of(image, limits, "image")
+    if mask is not None:
+        size = header_of(mask, limits, "mask")
+        if not masked:
+            raise ConfigError("mask", f"{size.width}x{size.height}", f"{model} takes none", "leave it out")
+        _check_alike(size, header, "mask")
+    elif masked and not header.alpha:
+        raise ConfigError("mask", "(none)", f"{model} fills what a mask marks",
+                          "send a second part named mask, or transparent pixels")  # fmt: skip
+    return Files([image], header, mask)
+
+
+def burst(body: Body, limits: Limits, model: str, count: int | None) -> Files:
+    """`count` frames of one size, or any number from 2. Raises: as `single`."""
+    parts = body.parts({"image": MOST_FRAMES})
+    only(parts, "image")
+    frames = parts["image"]
+    if len(frames) != (count or max(2, len(frames))):
+        rule = f"{model} takes {count or 'at least 2'}"
+        raise ConfigError("image", f"{len(frames)} frames", rule, "send as many parts named image")
+    headers = [header_of(frame, limits, "image") for frame in frames]
+    for header in headers[1:]:
+        _check_alike(header, headers[0], "image")
+    check_total(headers, limits)
+    return Files(frames, headers[0], None)
+
+
+def check_total(headers: Sequence[Header], limits: Limits) -> None:
+    """The limit of one picture is that of all of a request too. Raises: TooLargeError."""
+    if (pixels := sum(h.width * h.height for h in headers)) > limits.max_pixels:
+        rule = f"a request has at most {limits.max_pixels} pixels"
+        raise TooLargeError("image", f"{pixels} pixels in {len(headers)}", rule, "send fewer at once")
+
+
+def header_of(data: bytes, limits: Limits, name: str) -> Header:
+    """Raises: as `imaging.read_header`; ImageError for what an answer could not keep."""
+    header = imaging.read_header(data, limits, name)
+    picture.check_kept(header, name)
+    return header
+
+
+def _check_alike(header: Header, first: Header, name: str) -> None:
+    if (header.width, header.height) != (first.width, first.height):
+        rule = f"must be of the picture's size, {first.width}x{first.height}"
+        raise ImageError(name, f"{header.width}x{header.height}", rule, "resize it")
+
+
+def decode(files: Files, limits: Limits, *, masked: bool) -> tuple[Picture, U8 | None]:
+    """The picture, without the colours of hidden pixels, and the mask u8[h, w], 255 where pixels are missing.
+
+    Alpha that serves as the mask is gone from the answer.
+    """
+    found = picture.decode(files.frames[0], limits)
+    if masked and files.mask is None:
+        if found.alpha is None:
+            raise ImageError("image", f"{found.bits} bits", "its transparency could not be read", "send a mask")
+        missing = np.where(picture.to_u8(found.alpha) < MISSING_FROM, 255, 0).astype(np.uint8)
+        return replace(found, alpha=None), missing
+    if found.alpha is not None:
+        found = replace(found, rgb=picture.without_ghosts(found.rgb, found.alpha))
+    if files.mask is None:
+        return found, None
+    gray = imaging.decode_gray(files.mask, limits, "mask")[0]
+    return found, np.where(gray >= MISSING_FROM, 255, 0).astype(np.uint8)
+
+
+def decode_burst(files: Files, limits: Limits) -> tuple[Picture, U8]:
+    """What the first frame has beside its colours, in 8 bits, and all frames u8[h, w, 3 T], laid over white."""
+    found = [picture.decode(frame, limits) for frame in files.frames]
+    return Picture(found[0].flat(), None, found[0].icc), np.dstack([frame.flat() for frame in found])
