@@ -16,7 +16,7 @@ from rayscale.bulk.work import Done, Item
 from rayscale.bulk.workers import Maker, Making
 from rayscale.errors import UnavailableError
 
-ROWS_MAX = 32  # pictures of one task: what a killed worker may make again
+ROWS_MAX = 8  # pictures of one task: told together, and what a killed worker may make again; a task costs Ray 12 ms
 
 
 class PoolMaker:

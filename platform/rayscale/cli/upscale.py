@@ -244,7 +244,7 @@ def _by_model(making: Making, on: Where, stores: Sequence[Store], workers: int |
         cuda = making.engine.device == "cuda" or (making.engine.device == "auto" and gpus > 0)
         engine = replace(making.engine, device="cuda" if cuda else "cpu", threads=cpus_per_worker)
         fit = max(1, int(gpus) if cuda else int(cpus) // cpus_per_worker)
-        yield from on_ray(replace(making, engine=engine), pictures, workers=min(workers or fit, fit),
+        yield from on_ray(replace(making, engine=engine), pictures, workers=workers or fit,
                           num_cpus=cpus_per_worker, num_gpus=float(cuda))  # fmt: skip
 
     return How(maker, spread)
