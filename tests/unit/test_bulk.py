@@ -313,11 +313,15 @@ def test_an_interrupted_run_goes_on_where_it_was(
     out = tmp_path / "out"
     command(monkeypatch, capsys, "upscale", tmp_path / "some.txt", out, "--model", model)
     (out / "all/a/p4.png").write_bytes(b"half")
+    (out / f"all/a/.tmp-{'0' * 32}-p4.png").write_bytes(b"half")  # of a killed worker
+    (out / f"all/a/.tmp-{'0' * 32}-letter.png").write_bytes(b"of somebody else")
     (tmp_path / "some.txt").write_text("".join(f"all/{item.key}\n" for item in items))
     code, result, _ = command(monkeypatch, capsys, "upscale", tmp_path / "some.txt", out, "--model", model)
     assert (code, result["skipped"], result["made"]) == (0, max(kept, 1), 5 - max(kept, 1))
     for item in items:
         assert (out / "all" / item.out).read_bytes() == (tmp_path / "whole" / item.out).read_bytes()
+    others = {p.name for p in out.rglob("*.png")} - {Path(item.out).name for item in items}
+    assert others == {f".tmp-{'0' * 32}-letter.png"}
 
 
 def test_settings_without_effect_are_errors(

@@ -11,16 +11,17 @@ import json
 import re
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 from rayscale.errors import ConfigError, MissingError
 from rayscale.imaging import Media
 from rayscale.observe import log
-from rayscale.storage import Store, open_store
+from rayscale.storage import TEMPORARY, LocalStore, Store, open_store
 
 SUFFIXES: dict[Media, tuple[str, ...]] = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
 """Of what is written; the first is given where none is asked for."""
@@ -193,6 +194,20 @@ def at_once(worker: Worker, work: Iterable[Item], num: int) -> Iterator[Done]:
 def hopeless(done: int, failed: int) -> bool:
     """Whether more of the work would fail too: not a few pictures are bad, something else is."""
     return failed >= FAILED_LEAST and 2 * failed > done
+
+
+def sweep(store: Store, work: Sequence[Item]) -> None:
+    """Remove what killed workers left beside these outputs. `Store.sweep` would also look at what is not ours."""
+    if not isinstance(store, LocalStore):
+        return
+    names: defaultdict[Path, set[str]] = defaultdict(set)
+    for path in (store.path(one.out) for one in work):
+        names[path.parent].add(path.name[:40])
+    for folder, ours in names.items():
+        for path in folder.glob(f"{TEMPORARY}*"):
+            unique, _, name = path.name.removeprefix(TEMPORARY).partition("-")
+            if name in ours and len(unique) == 32:
+                path.unlink(missing_ok=True)
 
 
 def write_errors(store: Store, failures: Sequence[Done]) -> None:

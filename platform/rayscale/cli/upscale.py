@@ -141,6 +141,7 @@ def upscale(
         "seconds": round(time.monotonic() - started, 3),
     }
     if not single:
+        bulk.sweep(place, pictures)
         bulk.write_errors(place, failures)
     if len(failures) > error_budget * len(pictures) or sum(made.values()) + len(failures) < len(left):
         print(json.dumps(result), flush=True)
