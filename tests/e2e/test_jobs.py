@@ -1,9 +1,10 @@
-"""`ray job submit` of all four jobs: token authentication, S3 over HTTP, nothing of rayscale on the cluster's side."""
+"""`ray job submit` of all jobs: token authentication, S3 over HTTP, nothing of rayscale on the cluster's side."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import secrets
 import shutil
 import socket
@@ -20,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import psutil
 import pytest
+
+from rayscale import artifact, imaging
+from rayscale.registry.models import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,6 +199,33 @@ def test_photos_in_a_bucket_become_a_champion(cluster: Cluster, photo_folder: Pa
 
     promoted = cluster.result("jobs/promote.py", "jobs-x2")
     assert (promoted["promoted"], promoted["version"], promoted["digest"]) == (True, 1, published["digest"])
+
+
+@pytest.mark.long
+def test_a_bucket_of_pictures_goes_through_a_registered_model(cluster: Cluster, tmp_path: Path) -> None:
+    """Actors that find the model by its digest; one picture that is none; the same job again makes nothing."""
+    small = runpy.run_path(str(ROOT / "tests/small_onnx.py"))
+    small["write"](tmp_path / "model")
+    Registry(cluster.env["MLFLOW_TRACKING_URI"]).publish("bulk", tmp_path / "model")
+    s3, session = client(cluster.env["AWS_ENDPOINT_URL"]), artifact.load(tmp_path / "model")
+    expected = {}
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + i, 700, 3), np.uint8)
+        s3.put_object(Bucket="jobs", Key=f"small/{i % 2}/p{i}.png", Body=imaging.encode(pixels, "png"))
+        expected[f"large/{i % 2}/p{i}.png"] = imaging.to_hwc_u8(session.transform(imaging.to_nchw_f32(pixels)))
+    s3.put_object(Bucket="jobs", Key="small/broken.png", Body=b"no picture")
+
+    job = "jobs/upscale.py", "s3://jobs/small", "s3://jobs/large", "--model", "bulk:1", "--workers", "2"
+    done = cluster.submit(*job)
+    assert done.returncode != 0, "one picture was not made"
+    made = cluster.result(*job, "--error-budget", "0.2")
+    assert (made["made"], made["skipped"], made["failed"]) == (0, 5, 1)
+    found = {o["Key"]: s3.get_object(Bucket="jobs", Key=o["Key"])["Body"].read()
+             for o in s3.list_objects_v2(Bucket="jobs", Prefix="large/")["Contents"]}  # fmt: skip
+    for key, pixels in expected.items():
+        np.testing.assert_array_equal(imaging.decode_rgb(found[key]), pixels)
+    (failed,) = json.loads(found["large/errors.json"])
+    assert failed["key"] == "broken.png"
 
 
 def test_a_users_mistake_fails_the_job_with_its_one_line(cluster: Cluster) -> None:

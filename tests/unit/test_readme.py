@@ -33,7 +33,7 @@ def jobs() -> list[list[str]]:
 
 
 def test_the_page_takes_a_reader_through_all_jobs() -> None:
-    assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote", "evaluate"]
+    assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote", "evaluate", "upscale"]
 
 
 @pytest.mark.parametrize("job", jobs(), ids=lambda job: job[0])
@@ -62,7 +62,7 @@ def test_the_python_block_is_a_recipe(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "readme_recipes.py").write_text(blocks("python")[0])
+    (tmp_path / "readme_recipes.py").write_text(next(block for block in blocks("python") if "def mine" in block))
     recipe = recipes.load("readme_recipes:mine")
     assert recipe.task.features == 128  # type: ignore[attr-defined]
 

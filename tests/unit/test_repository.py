@@ -21,7 +21,8 @@ HOMES = {  # library -> the only files that may import it
     "botocore": {"storage_s3.py", "s3_client.py"},
     "mlflow": {"tracking.py", "registry/models.py"},
     "onnxruntime": {"artifact.py"},
-    "ray.data": {"data/pairs.py"},
+    "httpx": {"client/*"},
+    "ray.data": {"data/pairs.py", "bulk/pool.py"},
     "ray.train": {"train/runner.py", "train/hooks.py", "data/pairs.py"},
     "ray.serve": {"serve/app.py"},
     "torch": {

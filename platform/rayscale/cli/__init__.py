@@ -32,6 +32,8 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
     "promote": "rayscale.cli.promote:promote",
     "evaluate": "rayscale.cli.evaluate:evaluate",
     "recipes": "rayscale.cli.recipes:recipes",
+    "upscale": "rayscale.cli.upscale:upscale",
+    "bench": "rayscale.cli.bench:bench",
 }
 
 GROUPS = {"data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it."}

@@ -95,9 +95,23 @@ def spread(*stores: Store, anyway: bool) -> Mapper:
 
     anyway: they do see them. Raises: as `connect`.
     """
+    return local() if better_alone(*stores, anyway=anyway) else over_cluster
+
+
+def better_alone(*stores: Store, anyway: bool) -> bool:
+    """Whether the work stays on this machine, as folders of it that other nodes may not see have a part in it.
+
+    anyway: they do see them. Connects. Raises: as `connect`.
+    """
     connect()
     folders = [store.uri for store in stores if not store.remote]
     if folders and not anyway and sum(node["Alive"] for node in ray.nodes()) > 1:
         log.warning("%s is a folder of this machine, which works alone (--on ray if all nodes share it)", folders[0])
-        return local()
-    return over_cluster
+        return True
+    return False
+
+
+def sizes() -> tuple[float, float]:
+    """CPUs and GPUs of the cluster."""
+    found = ray.cluster_resources()
+    return float(found.get("CPU", 0.0)), float(found.get("GPU", 0.0))

@@ -1,0 +1,219 @@
+"""What is to be made of a place full of pictures, what was made already, and when to give up. No model, no Ray.
+
+A result is whole or not there (stores write atomically), and counts as finished where the ledger beside it says that
+it was made of this very input by this very maker, and it still has the size that was written. So the same command
+goes on after an interruption, makes anew what has changed, and leaves no picture of another model behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from rayscale.errors import ConfigError, MissingError
+from rayscale.imaging import Media
+from rayscale.observe import log
+from rayscale.storage import TEMPORARY, LocalStore, Store, open_store
+
+SUFFIXES: dict[Media, tuple[str, ...]] = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
+"""Of what is written; the first is given where none is asked for."""
+READ = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"})
+LIST = ".txt"
+ERRORS = "errors.json"
+LEDGER = ".rayscale/ledger/"  # names with a dot in front are not looked at when a folder is read
+FLUSH_S = 5.0  # of finished work that a killed run may do again
+PARTS_MAX = 50  # of a ledger; more are made one
+FAILED_LEAST = 20  # before a run is given up
+
+
+class Item(NamedTuple):
+    """One picture to be made."""
+
+    uri: str  # of the input
+    key: str  # its path below the source
+    etag: str  # of its content; "" where it is taken to stay as it is
+    out: str  # the output's key
+
+
+class Done(NamedTuple):
+    """What became of it."""
+
+    item: Item
+    size: int = 0  # bytes written
+    sha256: str = ""
+    model: str = ""  # name:version that made it
+    error: str = ""  # why there is none, one line
+
+
+Worker = Callable[[Item], Done]
+"""Makes one picture; errors come as values."""
+
+
+# --- which pictures
+
+
+def items(source: str, media: Media) -> tuple[list[Item], int]:
+    """Pictures of a folder, an `s3://` prefix or a list, and how many other files lie there.
+
+    A list is a `.txt` with a path (from where the list is) or URI a line; its pictures are taken to stay as they are.
+    Raises: MissingError where there is none; ConfigError where two would have one name.
+    """
+    found = list(_listed(source) if source.endswith(LIST) else _below(open_store(source)))
+    pictures = [one for one in found if suffix(one[1]) in READ]
+    if not pictures:
+        rule = f"holds {len(found)} files and no picture" if found else "holds no files"
+        raise MissingError("source", source, rule, f"name a folder, s3:// prefix or {LIST} list of pictures")
+    names = outputs([key for _, key, _ in pictures], media)
+    return [Item(uri, key, etag, names[key]) for uri, key, etag in pictures], len(found) - len(pictures)
+
+
+def _below(store: Store) -> Iterator[tuple[str, str, str]]:
+    """(uri, key, etag)"""
+    for entry in store.list():
+        if "/." not in f"/{entry.key}":
+            yield f"{store.uri}/{entry.key}", entry.key, entry.etag
+
+
+def _listed(uri: str) -> Iterator[tuple[str, str, str]]:
+    folder, name = split(uri)
+    store = open_store(folder)
+    for line in dict.fromkeys(store.read(name).decode().splitlines()):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        if "://" in entry or entry.startswith("/"):
+            below = entry.startswith(f"{store.uri}/")
+            yield entry, entry.removeprefix(f"{store.uri}/") if below else re.sub(r"^\w+://|^/", "", entry), ""
+        else:
+            yield f"{store.uri}/{entry}", entry, ""
+
+
+def outputs(keys: Sequence[str], media: Media) -> dict[str, str]:
+    """{key: key of its output}: another suffix, or one more where two pictures differ in it alone.
+
+    Raises: ConfigError where even that gives two one name.
+    """
+    ending = SUFFIXES[media][0]
+    short = {key: key.removesuffix(suffix(key, lower=False)) + ending for key in keys}
+    times = Counter(short.values())
+    named = {key: name if times[name] == 1 else key + ending for key, name in short.items()}
+    times = Counter(named.values())
+    if clash := next((name for name, n in times.items() if n > 1), ""):
+        both = " and ".join(sorted(key for key, name in named.items() if name == clash)[:2])
+        raise ConfigError("source", both, f"would both be written to {clash}", "rename one of them")
+    return named
+
+
+def split(uri: str) -> tuple[str, str]:
+    """(URI of the folder, name) of a file."""
+    folder, slash, name = uri.rstrip("/").rpartition("/")
+    return (folder or slash or "."), name
+
+
+def suffix(key: str, *, lower: bool = True) -> str:
+    """ ".jpg" of "a/b.JPG", "" where there is none."""
+    stem, dot, suffix = key.rpartition("/")[2].rpartition(".")
+    found = dot + suffix if stem else ""
+    return found.lower() if lower else found
+
+
+# --- what was made already
+
+
+class Ledger:
+    """What lies in a place and how it was made: {output: (input's etag, maker, bytes)}, kept in parts beside it."""
+
+    def __init__(self, store: Store, maker: str) -> None:
+        """`maker`: digest of all that decides the output but the input."""
+        self.store, self.maker = store, maker
+        self._known: dict[str, tuple[str, str, int]] = {}
+        self._new: dict[str, tuple[str, str, int]] = {}
+        self._flushed = time.monotonic()
+        parts = [entry.key for entry in store.list(LEDGER)]
+        for part in parts:
+            self._known |= {out: (etag, by, size) for out, etag, by, size in json.loads(store.read(part))}
+        if len(parts) > PARTS_MAX:
+            self._new = dict(self._known)
+            self.flush()
+            for part in parts:
+                store.delete(part)
+
+    def unfinished(self, work: Sequence[Item]) -> list[Item]:
+        """What is left to make."""
+        if not self._known:
+            return list(work)
+        there = {entry.key: entry.size for entry in self.store.list()}
+        left = [i for i in work if self._known.get(i.out) != (i.etag, self.maker, there.get(i.out, -1))]
+        again = sum(one.out in self._known and one.out in there for one in left)
+        if again:
+            log.info("%d were made of other pictures, by another model or with other settings: made again", again)
+        return left
+
+    def add(self, done: Done) -> None:
+        """Note one that was written; kept every few seconds."""
+        self._known[done.item.out] = self._new[done.item.out] = (done.item.etag, self.maker, done.size)
+        if time.monotonic() - self._flushed >= FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._new:
+            part = json.dumps([[out, *how] for out, how in self._new.items()])
+            self.store.write(f"{LEDGER}{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json", part.encode())
+        self._new, self._flushed = {}, time.monotonic()
+
+
+# --- carrying it out
+
+
+def at_once(worker: Worker, work: Iterable[Item], num: int) -> Iterator[Done]:
+    """`worker` in `num` threads of this process, results as they come; few items in flight whatever their number."""
+    left = iter(work)
+    with ThreadPoolExecutor(num, thread_name_prefix="bulk") as threads:
+        flying: set[Future[Done]] = set()
+        try:
+            while True:
+                flying |= {threads.submit(worker, one) for one in islice(left, 2 * num - len(flying))}
+                if not flying:
+                    return
+                finished, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        finally:
+            for future in flying:
+                future.cancel()
+
+
+def hopeless(done: int, failed: int) -> bool:
+    """Whether more of the work would fail too: not a few pictures are bad, something else is."""
+    return failed >= FAILED_LEAST and 2 * failed > done
+
+
+def sweep(store: Store, work: Sequence[Item]) -> None:
+    """Remove what killed workers left beside these outputs. `Store.sweep` would also look at what is not ours."""
+    if not isinstance(store, LocalStore):
+        return
+    names: defaultdict[Path, set[str]] = defaultdict(set)
+    for path in (store.path(one.out) for one in work):
+        names[path.parent].add(path.name[:40])
+    for folder, ours in names.items():
+        for path in folder.glob(f"{TEMPORARY}*"):
+            unique, _, name = path.name.removeprefix(TEMPORARY).partition("-")
+            if name in ours and len(unique) == 32:
+                path.unlink(missing_ok=True)
+
+
+def write_errors(store: Store, failures: Sequence[Done]) -> None:
+    """`errors.json` beside the output: what is not there, and why. None where nothing failed."""
+    if failures:
+        listed = [{"key": one.item.key, "error": one.error} for one in sorted(failures, key=lambda d: d.item.key)]
+        store.write(ERRORS, (json.dumps(listed, indent=1, ensure_ascii=False) + "\n").encode())
+    else:
+        store.delete(ERRORS)
