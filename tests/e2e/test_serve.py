@@ -313,7 +313,9 @@ def test_killed_engines_cost_no_request(served: Served) -> None:
     pictures = [photo(*size) for size in ((16, 16), (60, 200), (1700, 1600))]  # 1 KB, 36 KB, 8 MB
     bodies = [png(p) for p in pictures]
     assert len(bodies[-1]) > 8_000_000
-    wanted = [served.upscale(p).content for p in pictures]
+    first = [served.upscale(p) for p in pictures]
+    assert [answer.status_code for answer in first] == [200] * 3
+    wanted = [answer.content for answer in first]
     seen: list[tuple[int, int, bool, str]] = []
     stop = threading.Event()
 
@@ -325,7 +327,7 @@ def test_killed_engines_cost_no_request(served: Served) -> None:
                 seen.append((which, answer.status_code, right, "" if right else answer.text[:300]))
                 stop.wait(pause_s)
 
-    threads = [threading.Thread(target=load, args=args) for args in [(0, 0.1)] * 2 + [(1, 0.2), (2, 0.5)]]
+    threads = [threading.Thread(target=load, args=args) for args in [(0, 0.1)] * 3 + [(1, 0.2), (2, 0.5)]]
     for thread in threads:
         thread.start()
     try:

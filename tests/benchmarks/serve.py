@@ -1,0 +1,449 @@
+"""What serving costs: our one and two tiers beside a bare ONNX Runtime loop and Starlette with a pool of threads.
+
+python tests/benchmarks/serve.py [--only bare,threads,one,two,batcher] [--sizes 64,512,2mp] [--concurrency 1,8,32]
+                                 [--rounds 3] [--proxy haproxy|python]      # the last line is one JSON object
+
+Every system upscales the same noisy PNGs (64 px: 12 KB; 512 px; 1600 x 1280) by the same small x2 net, one thread of
+ONNX Runtime, the same codecs; the answers are compared byte for byte. CPU-ms a request is that of all the system's
+processes (the proxy, Ray's daemons and controller too) without the client's, less what they use while idle. The bare
+loop runs whole pictures, and with the tile plan that the engine uses. `fraction_of_bare_*` is bare CPU / ours: on a
+shared machine wall times mean little; images a second stand in the table. Systems take turns, `--rounds` times, and
+the medians count. `batcher_over_serve_batch`: answers a second of our queue and of `@serve.batch`, 50 requests a second
+on a simulated device that takes 100 ms for up to eight at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from rayscale import artifact, imaging
+from rayscale.contract import ModelCard, Spec, TensorSpec
+from rayscale.serve.batching import F32
+from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
+
+MARK = f"RAYSCALE_BENCH_{uuid.uuid4().hex}"  # in the environment of every process that is started here, and not in ours
+os.environ |= {MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYSCALE_LOG": "WARNING"}
+
+U8 = NDArray[np.uint8]
+SIZES = {"64": (64, 64), "512": (512, 512), "2mp": (1280, 1600)}
+REQUESTS = {"64": 256, "512": 32, "2mp": 6}  # in a cell, or as many as its concurrency
+CHANNELS, LAYERS = 16, 4
+TIMEOUT_S = 300.0
+
+
+# --- the work: a net, pictures, and what each system makes of one
+
+
+def write_artifact(folder: Path) -> str:
+    """LAYERS 3x3 convolutions of CHANNELS on the nearest-neighbour picture, x2. Its digest."""
+    rng, nodes, weights, last = np.random.default_rng(0), [], [], "image"
+    widths = [3, *[CHANNELS] * (LAYERS - 1), 12]
+    for layer, (c_in, c_out) in enumerate(pairwise(widths)):
+        w = (rng.standard_normal((c_out, c_in, 3, 3)) * (0.5 / (3 * c_in**0.5))).astype(np.float32)
+        weights.append(numpy_helper.from_array(w, f"w{layer}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1]))
+        last = f"c{layer}"
+        if layer < LAYERS - 1:
+            nodes.append(helper.make_node("Relu", [last], [f"r{layer}"]))
+            last = f"r{layer}"
+    constants = {"sizes": np.array([1, 1, 2, 2]), "low": np.array(0.0), "high": np.array(1.0)}
+    weights += [numpy_helper.from_array(v.astype(np.float32), k) for k, v in constants.items()]
+    nodes += [
+        helper.make_node("DepthToSpace", [last], ["detail"], blocksize=2, mode="CRD"),
+        helper.make_node("Resize", ["image", "", "sizes"], ["base"], mode="nearest"),
+        helper.make_node("Add", ["base", "detail"], ["sum"]),
+        helper.make_node("Clip", ["sum", "low", "high"], ["image_out"]),
+    ]
+    edges = [
+        helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "h", "w"]),
+        helper.make_tensor_value_info("image_out", TensorProto.FLOAT, ["n", 3, "h2", "w2"]),
+    ]
+    graph = helper.make_graph(nodes, "bench", edges[:1], edges[1:], weights)
+    model = onnx.ModelProto(ir_version=10, graph=graph, opset_import=[helper.make_opsetid("", 20)])
+    spec = Spec(
+        kind="transform",
+        inputs=(TensorSpec(name="image", shape=("n", 3, "h", "w")),),
+        outputs=(TensorSpec(name="image_out", shape=("n", 3, "2*h", "2*w")),),
+        scale=2,
+        halo_px=LAYERS,
+    )
+    golden = {"image": rng.random((1, 3, 16, 16), np.float32)}
+    card = ModelCard(family="bench", spec=spec, licence="MIT")
+    return artifact.write(folder, model.SerializeToString(), card, golden)
+
+
+def body(size: str) -> bytes:
+    """A PNG of noise: nothing is gained by its content."""
+    height, width = SIZES[size]
+    return imaging.encode(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8), "png")
+
+
+def whole(session: artifact.Session, data: bytes) -> bytes:
+    """The least that an answer takes."""
+    return imaging.encode(imaging.to_hwc_u8(session.transform(imaging.to_nchw_f32(imaging.decode_rgb(data)))), "png")
+
+
+def tiled(session: artifact.Session, data: bytes) -> bytes:
+    """The same through the engine's own tile plan, one tile after the other."""
+    pixels = imaging.decode_rgb(data)
+    canvas = Canvas(plan(session.card.spec, *pixels.shape[:2], EngineSettings()), pixels)
+    for index, tile in enumerate(canvas.tiles):
+        canvas.place(index, imaging.to_hwc_u8(session.transform(imaging.to_nchw_f32(tile))))
+    return imaging.encode(canvas.result, "png")
+
+
+# --- what is measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    cpu_ms: float  # of one request, over all processes of the system
+    per_s: float
+
+
+def cpu_seconds() -> float:
+    """Of all living processes that were started here, with the children that they have buried."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}=".encode() in (folder / "environ").read_bytes():
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                total += sum(map(int, fields[11:15]))
+        except OSError:  # it ended
+            continue
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def bare(work: Callable[[artifact.Session, bytes], bytes], folder: Path, size: str) -> Cell:
+    session, data, count = artifact.load(folder, threads=1), body(size), REQUESTS[size]
+    work(session, data)
+    cpu, started = time.process_time(), time.monotonic()
+    for _ in range(count):
+        work(session, data)
+    return Cell((time.process_time() - cpu) * 1e3 / count, count / (time.monotonic() - started))
+
+
+def load(port: int, size: str, concurrency: int, wanted: bytes) -> Cell:
+    """A closed loop of `concurrency` clients; every answer must be `wanted`."""
+    data, count = body(size), max(REQUESTS[size], concurrency)
+    wrong: list[str] = []
+
+    def client(requests: Iterator[int]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        for _ in requests:
+            connection.request("POST", "/v1/upscale", data, {"Accept": "image/png"})
+            answer = connection.getresponse()
+            content = answer.read()
+            if answer.status != 200 or content != wanted:
+                wrong.append(f"{answer.status} {len(content)} bytes: {content[:200]!r}")
+        connection.close()
+
+    def go(total: int) -> None:
+        shared = iter([*range(total)])  # one `next` is atomic
+        threads = [threading.Thread(target=client, args=(shared,)) for _ in range(concurrency)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    go(concurrency)  # connections and caches are warm
+    idle = cpu_seconds()
+    time.sleep(2.0)
+    idle_share = (cpu_seconds() - idle) / 2.0
+    cpu, started = cpu_seconds(), time.monotonic()
+    go(count)
+    wall = time.monotonic() - started
+    used = cpu_seconds() - cpu - idle_share * wall
+    if wrong:
+        raise SystemExit(f"{len(wrong)} wrong answers, e.g. {wrong[0]}")
+    return Cell(used * 1e3 / count, count / wall)
+
+
+# --- the systems
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def wait_for(port: int, path: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", path)
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    raise SystemExit("the system did not start")
+
+
+THREADS = """
+import sys, uvicorn
+from pathlib import Path
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+from starlette.routing import Route
+sys.path.insert(0, sys.argv[1])
+import serve as bench
+from rayscale import artifact
+session = artifact.load(Path(sys.argv[2]), threads=1)
+async def upscale(request):
+    return Response(await run_in_threadpool(bench.whole, session, await request.body()), media_type="image/png")
+async def ready(request):
+    return Response("ok")
+routes = [Route("/v1/upscale", upscale, methods=["POST"]), Route("/readyz", ready)]
+uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=int(sys.argv[3]), log_level="error")
+"""
+
+
+@contextmanager
+def threads_server(folder: Path) -> Iterator[int]:
+    """What many would write first: Starlette, one session, the pool of threads that it brings along."""
+    port = free_port()
+    command = [sys.executable, "-c", THREADS, str(Path(__file__).parent), str(folder), str(port)]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(port, "/readyz")
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def cluster(proxy: str, root: Path) -> Iterator[None]:
+    """One Ray of our own. The proxy's mode is decided here."""
+    if proxy == "haproxy":
+        os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    import ray
+
+    temp = tempfile.mkdtemp(prefix="rs", dir="/tmp")
+    ray.init(address="local", num_cpus=4, object_store_memory=600 << 20, include_dashboard=False,
+             logging_level="ERROR", log_to_driver=False, _temp_dir=temp)  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp, ignore_errors=True)
+        stop_what_is_left()
+
+
+def stop_what_is_left() -> None:
+    """HAProxy outlives Ray; what carries our mark is ours."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}=".encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), 15)
+        except OSError:
+            continue
+
+
+@contextmanager
+def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
+    """Our application from a registry of its own, gateways and engines of one CPU."""
+    from ray import serve
+
+    from rayscale.registry.models import Registry
+    from rayscale.serve.app import AppArgs, EngineDeployment, GatewayDeployment, build
+
+    uri, port = f"sqlite:///{root / 'mlflow.db'}", free_port()
+    registry = Registry(uri)
+    version = registry.publish("bench", folder)
+    registry.alias("bench", "champion", version.version)
+    given: dict[str, Any] = {"tracking_uri": uri, "state_uri": str(root / which), "cache_dir": str(root / "cache"),
+                             "threads": 1, "timeout_s": TIMEOUT_S, "engines": {"tiers": which}}  # fmt: skip
+    for deployment in (GatewayDeployment, EngineDeployment):
+        deployment._deployment_config.max_ongoing_requests = 64
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(AppArgs.model_validate(given)), name="bench", route_prefix="/")
+    try:
+        wait_for(port, "/readyz")
+        yield port
+    finally:
+        serve.shutdown()
+
+
+# --- the batcher
+
+
+class Device:
+    """100 ms for whatever it is given, as `artifact.Session`."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card, self.digest, self.provider = card, "device", "Simulated"
+
+    def run(self, inputs: dict[str, F32], abort: object = None) -> dict[str, F32]:
+        time.sleep(0.1)
+        return {"image_out": inputs["image"].repeat(2, 2).repeat(2, 3)}
+
+
+def batcher(card: ModelCard, seconds: float = 8.0, rate: float = 50.0) -> dict[str, float]:
+    """Answers a second of `@serve.batch` and of our queue, each in a replica of its own; arrivals are Poisson's."""
+    from ray import serve
+
+    @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})
+    class Both:
+        def __init__(self) -> None:
+            self.device = Device(card)
+            self.engine = Engine(EngineSettings(max_batch=8), load=lambda folder, digest: self.device)  # type: ignore
+            self.engine.prepare("device", Path())
+
+        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
+        async def batch(self, items: list[int]) -> list[int]:
+            await asyncio.to_thread(time.sleep, 0.1)
+            return items
+
+        async def builtin(self) -> None:
+            await self.batch(1)
+
+        async def ours(self) -> None:
+            tile = np.zeros((8, 8, 3), np.uint8)
+            await self.engine.run("device", [tile], lambda i, r: None, deadline=time.monotonic() + TIMEOUT_S)
+
+    handle = serve.run(Both.bind(), name="batcher", route_prefix=None)
+
+    async def drive(method: str) -> float:
+        random.seed(0)
+        started, asked = time.monotonic(), []
+        while time.monotonic() - started < seconds:
+            asked.append(asyncio.ensure_future(_result(getattr(handle, method).remote())))
+            await asyncio.sleep(random.expovariate(rate))
+        await asyncio.gather(*asked)
+        return len(asked) / (time.monotonic() - started)
+
+    found = {method: asyncio.run(drive(method)) for method in ("builtin", "ours")}
+    serve.delete("batcher")
+    return found
+
+
+async def _result(response: Any) -> None:
+    await response
+
+
+# --- all of it
+
+
+def names(text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = [name.strip() for name in text.split(",")]
+    if unknown := set(chosen) - set(known):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    return chosen
+
+
+Table = dict[str, dict[str, list[Cell]]]  # system -> "size x concurrency" -> one cell a round
+
+
+def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, float]]:
+    folder, table, batches = root / "artifact", {}, {}
+    write_artifact(folder)
+    session = artifact.load(folder, threads=1)
+    wanted = {size: whole(session, body(size)) for size in given.sizes}
+    for size in given.sizes:
+        assert tiled(session, body(size)) == wanted[size], "tiles are not the whole"
+
+    def note(system: str, size: str, concurrency: int, cell: Cell) -> None:
+        table.setdefault(system, {}).setdefault(f"{size} x{concurrency}", []).append(cell)
+        print(f"{system:10} {size:>4} x{concurrency:<3} {cell.cpu_ms:9.2f} CPU-ms {cell.per_s:9.1f}/s", flush=True)
+
+    def serve_one(system: str, port: int) -> None:
+        for size in given.sizes:
+            for concurrency in given.concurrency:
+                note(system, size, concurrency, load(port, size, concurrency, wanted[size]))
+
+    for number in range(given.rounds):
+        if "bare" in given.only:
+            for size in given.sizes:
+                note("bare", size, 1, bare(whole, folder, size))
+                note("bare tiled", size, 1, bare(tiled, folder, size))
+        if "threads" in given.only:
+            with threads_server(folder) as port:
+                serve_one("threads", port)
+        if {"one", "two", "batcher"} & set(given.only):
+            state = root / str(number)
+            state.mkdir()
+            with cluster(given.proxy, root):
+                for which in ("one", "two"):
+                    if which in given.only:
+                        with tiers(which, folder, state) as port:
+                            serve_one(which, port)
+                if "batcher" in given.only and number == 0:
+                    batches = batcher(session.card)
+                    print(batches, flush=True)
+    return table, batches
+
+
+def summary(table: Table, batches: dict[str, float]) -> dict[str, Any]:
+    cpu = {s: {cell: median(c.cpu_ms for c in found) for cell, found in cells.items()} for s, cells in table.items()}
+    rate = {s: {cell: median(c.per_s for c in found) for cell, found in cells.items()} for s, cells in table.items()}
+    out: dict[str, Any] = {}
+
+    def at(system: str, size: str) -> float | None:
+        cells = [value for cell, value in cpu.get(system, {}).items() if cell.startswith(f"{size} ")]
+        return median(cells) if cells else None
+
+    def put(name: str, left: float | None, right: float | None, how: Callable[[float, float], float]) -> None:
+        if left is not None and right is not None:
+            out[name] = round(how(left, right), 3)
+
+    for which in ("one", "two"):
+        put(f"{which}_tier_overhead_ms_12kb", at(which, "64"), at("bare", "64"), lambda a, b: a - b)
+    put("fraction_of_bare_same_tiles", at("bare tiled", "2mp"), at("one", "2mp"), lambda a, b: a / b)
+    put("fraction_of_bare_whole_512px", at("bare", "512"), at("one", "512"), lambda a, b: a / b)
+    put("batcher_over_serve_batch", batches.get("ours"), batches.get("builtin"), lambda a, b: a / b)
+    out["table"] = {
+        system: {cell: {"cpu_ms": round(ms, 2), "per_s": round(rate[system][cell], 1)} for cell, ms in cells.items()}
+        for system, cells in cpu.items()
+    }
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts, sizes = ("bare", "threads", "one", "two", "batcher"), tuple(SIZES)
+    parser.add_argument("--only", type=lambda text: names(text, parts), default=list(parts))
+    parser.add_argument("--sizes", type=lambda text: names(text, sizes), default=list(sizes))
+    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--proxy", choices=("haproxy", "python"), default="haproxy")
+    given = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="rayscale-serve-"))
+    os.environ |= {"RAYSCALE_HOME": str(root), "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
+    try:
+        print(json.dumps(summary(*measure(given, root))))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
