@@ -242,7 +242,7 @@ def threads_server(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def cluster(proxy: str, root: Path) -> Iterator[None]:
+def cluster(proxy: str) -> Iterator[None]:
     """One Ray of our own. The proxy's mode is decided here."""
     if proxy == "haproxy":
         os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -272,6 +272,7 @@ def stop_what_is_left() -> None:
 @contextmanager
 def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     """Our application from a registry of its own, gateways and engines of one CPU."""
+    root.mkdir(parents=True)
     from ray import serve
 
     from rayscale.registry.models import Registry
@@ -281,7 +282,7 @@ def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     registry = Registry(uri)
     version = registry.publish("bench", folder)
     registry.alias("bench", "champion", version.version)
-    given: dict[str, Any] = {"tracking_uri": uri, "state_uri": str(root / which), "cache_dir": str(root / "cache"),
+    given: dict[str, Any] = {"tracking_uri": uri, "state_uri": str(root / "state"), "cache_dir": str(root / "cache"),
                              "threads": 1, "timeout_s": TIMEOUT_S, "engines": {"tiers": which}}  # fmt: skip
     for deployment in (GatewayDeployment, EngineDeployment):
         deployment._deployment_config.max_ongoing_requests = 64
@@ -389,17 +390,15 @@ def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, flo
         if "threads" in given.only:
             with threads_server(folder) as port:
                 serve_one("threads", port)
-        if {"one", "two", "batcher"} & set(given.only):
-            state = root / str(number)
-            state.mkdir()
-            with cluster(given.proxy, root):
-                for which in ("one", "two"):
-                    if which in given.only:
-                        with tiers(which, folder, state) as port:
-                            serve_one(which, port)
-                if "batcher" in given.only and number == 0:
-                    batches = batcher(session.card)
-                    print(batches, flush=True)
+        state = root / str(number)
+        for which in ("one", "two"):
+            if which in given.only:
+                with cluster(given.proxy), tiers(which, folder, state / which) as port:
+                    serve_one(which, port)
+    if "batcher" in given.only:
+        with cluster(given.proxy):
+            batches = batcher(session.card)
+            print(batches, flush=True)
     return table, batches
 
 
