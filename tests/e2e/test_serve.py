@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -89,6 +91,22 @@ class Served:
     registry: Registry
     folder: Path
     versions: list[Version]
+    config: dict[str, Any]
+    address: str  # of Ray
+
+    def deploy(self, **changes: dict[str, Any]) -> None:
+        """Start it, or bring what runs to the config with `changes` of its deployments, by Ray's own command."""
+        config = copy.deepcopy(self.config)
+        for deployment in config["applications"][0]["deployments"]:
+            for key, value in changes.get(deployment["name"], {}).items():
+                deployment[key] = {**deployment[key], **value}
+                if key == "autoscaling_config":
+                    deployment[key]["min_replicas"] = min(deployment[key]["min_replicas"], value["max_replicas"])
+        (self.folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", self.address,
+                   "serve.yaml"]  # fmt: skip
+        with (self.folder / "serve.log").open("ab") as log:
+            subprocess.run(command, cwd=self.folder, env=os.environ, check=True, timeout=120, stdout=log, stderr=log)
 
     def publish(self, seed: int) -> Version:
         artifact = self.folder / f"artifact-{seed}"
@@ -150,23 +168,11 @@ def served(
         "whole_max_px": 64 * 64,
         "tile_px": 48,
     }
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    app = Served(f"http://127.0.0.1:{port}", Registry(tracking_uri), folder, [])
+    app = Served(f"http://127.0.0.1:{port}", Registry(tracking_uri), folder, [], config, ray_cluster)
     app.versions = [app.publish(0), app.publish(1)]
     app.promote(app.versions[0])
-    command = [
-        sys.executable,
-        "-m",
-        "ray.serve.scripts",
-        "run",
-        "--non-blocking",
-        "--address",
-        ray_cluster,
-        "serve.yaml",
-    ]
     try:
-        with (folder / "serve.log").open("wb") as log:
-            subprocess.run(command, cwd=folder, env=os.environ, check=True, timeout=120, stdout=log, stderr=log)
+        app.deploy()
         until(lambda: answers(app.url), 120)
         yield app
     finally:
@@ -304,33 +310,51 @@ def engine_pids() -> set[int]:
     return found
 
 
-@pytest.mark.ray
-@pytest.mark.long
-@pytest.mark.parametrize("served", ["staging"], indirect=True)
-def test_killed_engines_cost_no_request(served: Served) -> None:
+@contextlib.contextmanager
+def under_load(served: Served) -> Iterator[list[int]]:
+    """About 20 requests a second of 1 KB, 36 KB and 8 MB; gives what was answered so far, and checks all of it."""
     served.promote(served.versions[0])
     served.wait_for(served.versions[0].digest)
-    pictures = [photo(*size) for size in ((16, 16), (60, 200), (1700, 1600))]  # 1 KB, 36 KB, 8 MB
+    pictures = [photo(*size) for size in ((16, 16), (60, 200), (1700, 1600))]
     bodies = [png(p) for p in pictures]
     assert len(bodies[-1]) > 8_000_000
     first = [served.upscale(p) for p in pictures]
     assert [answer.status_code for answer in first] == [200] * 3
     wanted = [answer.content for answer in first]
-    seen: list[tuple[int, int, bool, str]] = []
+    seen: list[int] = []
+    wrong: list[str] = []
     stop = threading.Event()
 
     def load(which: int, pause_s: float) -> None:
         with httpx.Client(timeout=90) as client:
             while not stop.is_set():
-                answer = client.post(f"{served.url}/v1/upscale", content=bodies[which])
-                right = answer.content == wanted[which]
-                seen.append((which, answer.status_code, right, "" if right else answer.text[:300]))
+                try:
+                    answer = client.post(f"{served.url}/v1/upscale", content=bodies[which])
+                    if (answer.status_code, answer.content) != (200, wanted[which]):
+                        wrong.append(f"{which}: {answer.status_code} {answer.text[:300]}")
+                except httpx.HTTPError as error:
+                    wrong.append(f"{which}: {error!r}")
+                seen.append(which)
                 stop.wait(pause_s)
 
     threads = [threading.Thread(target=load, args=args) for args in [(0, 0.1)] * 3 + [(1, 0.2), (2, 0.5)]]
     for thread in threads:
         thread.start()
     try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert set(seen) == {0, 1, 2}
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_killed_engines_cost_no_request(served: Served) -> None:
+    with under_load(served) as seen:
         for _ in range(3):
             before = engine_pids()
             os.kill(min(before), signal.SIGKILL)
@@ -340,9 +364,39 @@ def test_killed_engines_cost_no_request(served: Served) -> None:
             os.kill(pid, signal.SIGKILL)
         count = len(seen)
         until(lambda: len(seen) > count + 20)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert {which for which, *_ in seen} == {0, 1, 2}
-    assert [entry for entry in seen if entry[1:3] != (200, True)] == []
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_redeployed_and_fewer_engines_cost_no_request(served: Served) -> None:
+    with under_load(served) as seen:
+        before = engine_pids()
+        served.deploy(Engine={"ray_actor_options": {"num_cpus": 0.9}})
+        until(lambda: len(engine_pids() - before) == 2 and not engine_pids() & before, 120)
+        served.deploy(Engine={"ray_actor_options": {"num_cpus": 0.9}, "autoscaling_config": {"max_replicas": 1}})
+        until(lambda: len(engine_pids()) == 1, 120)
+        count = len(seen)
+        until(lambda: len(seen) > count + 20)
+        served.deploy()
+        until(lambda: len(engine_pids()) == 2, 120)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_engines_drop_what_nobody_waits_for(served: Served) -> None:
+    def busy_s() -> float:
+        """CPU seconds of the engines so far."""
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in engine_pids()]
+        return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
+
+    huge = png(np.zeros((5000, 5000, 3), np.uint8))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/upscale", content=huge, timeout=httpx.Timeout(30, read=2.5))
+    left = busy_s()
+    time.sleep(1.0)  # the news travels, the running chunks end
+    settled = busy_s()
+    time.sleep(2.0)
+    assert settled - left > 0.1  # they were at it
+    assert busy_s() - settled < 0.4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import runpy
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from rayscale import artifact, imaging
 from rayscale.artifact import Abort
 from rayscale.contract import ModelCard, Spec, TensorSpec
-from rayscale.errors import ConfigError, ImageError, TooLargeError, UnavailableError
+from rayscale.errors import ConfigError, ImageError, IntegrityError, TooLargeError, UnavailableError
 from rayscale.serve.batching import CallJob, Job, Model, Queue, TileJob, Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
 
@@ -445,9 +446,10 @@ def test_the_frames_of_a_burst_are_cut_together() -> None:
 def test_what_is_learnt_of_calls_and_of_tiles_is_one_price_by_pixel() -> None:
     session = LinearSession(MASKED)
     with serving(session) as engine:
-        engine._models["d"].seconds_per_unit = 1e-3
+        model = engine._models.fetch("d")
+        model.seconds_per_unit = 1e-3
         inputs = {"image": np.zeros((2, 3, 10, 20), np.float32), "mask": np.zeros((2, 1, 10, 20), np.float32)}
-        job = CallJob(model=engine._models["d"], inputs=inputs, deadline=1e9)
+        job = CallJob(model=model, inputs=inputs, deadline=1e9)
         assert job.item_s == pytest.approx(0.4)
         for _ in range(50):
             job.learn(0.8)
@@ -532,3 +534,68 @@ def test_a_picture_of_the_wrong_size_for_a_model_of_one_size_is_refused() -> Non
     assert plan(spec, 16, 24, EngineSettings()).tiling == "whole"
     with pytest.raises(ImageError, match="image=24x17: this model takes pictures of 24x16 px only"):
         plan(spec, 17, 24, EngineSettings())
+
+
+# --- memory
+
+
+class Shelved:
+    """An engine over sessions of so many MB each, by their files' size, and how often each was loaded."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int], memory_mb: int) -> None:
+        self.loads: list[str] = []
+        self.folder = folder
+        for digest, size in sizes.items():
+            (folder / digest).mkdir()
+            with (folder / digest / "model.onnx").open("wb") as file:
+                file.truncate(size << 20)
+        self.engine = Engine(EngineSettings(memory_bytes=memory_mb << 20), load=self.load)
+        for digest in sizes:
+            self.engine.prepare(digest, folder / digest)
+
+    def load(self, folder: Path, digest: str) -> LinearSession:
+        if not folder.exists():
+            raise IntegrityError("model", digest, "is gone", "fetch it again")
+        self.loads.append(digest)
+        return LinearSession(GENERATE)
+
+    async def call(self, digest: str, timeout_s: float = 10.0) -> None:
+        z = np.ones((1, 5), np.float32)
+        outputs, _ = await self.engine.call(digest, {"z": z}, deadline=time.monotonic() + timeout_s)
+        np.testing.assert_array_equal(outputs["out"], 2 * z)
+
+
+def test_models_beyond_the_budget_are_loaded_when_they_are_asked_for(tmp_path: Path) -> None:
+    shelved = Shelved(tmp_path, {"a": 40, "b": 40, "c": 40}, memory_mb=100)
+    engine = shelved.engine
+    assert engine.digests == {"a", "b", "c"}  # prepared, all of them
+    assert engine.session("a").card.spec == GENERATE  # and known, though it is not in memory now
+
+    async def main() -> None:
+        for digest in "cbcbc":
+            await shelved.call(digest)
+        assert shelved.loads == ["a", "b", "c"]  # those are in memory
+        await asyncio.gather(*(shelved.call("a") for _ in range(5)))
+        assert shelved.loads[3:] == ["a"]  # once for all that ask
+        await shelved.call("c")
+        assert shelved.loads[4:] == []  # it was the last one asked for before
+        await shelved.call("b")
+        assert shelved.loads[4:] == ["b"]
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(UnavailableError, match="cannot be loaded again"):
+            await shelved.call("a")
+        await shelved.call("b")
+        engine.forget("c")
+        with pytest.raises(UnavailableError, match="not loaded"):
+            await shelved.call("c")
+
+    asyncio.run(main())
+    engine.close()
+
+
+def test_without_a_budget_everything_stays(tmp_path: Path) -> None:
+    shelved = Shelved(tmp_path, {"a": 40, "b": 40, "c": 40}, memory_mb=0)
+    for digest in "abcabc":
+        asyncio.run(shelved.call(digest))
+    assert shelved.loads == ["a", "b", "c"]
+    shelved.engine.close()

@@ -47,6 +47,7 @@ class EngineArgs(pydantic.BaseModel, extra="forbid", frozen=True):
 
     tiers: Literal["one", "two"] = "one"  # one: in the gateway; two: behind a handle
     max_batch: int = pydantic.Field(default=1, ge=1)  # tiles of one shape in one run; on CPUs more gains nothing
+    memory_mb: int = pydantic.Field(default=0, ge=0)  # of loaded models in one engine; 0: all stay loaded
     window: int = pydantic.Field(default=4, ge=1)  # two tiers: chunks of one request in flight
 
     @pydantic.model_validator(mode="after")
@@ -104,6 +105,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             tile_px=self.tile_px,
             whole_max_px=self.whole_max_px,
             max_batch=self.engines.max_batch,
+            memory_bytes=self.engines.memory_mb << 20,
         )
 
     def gateway(self) -> GatewaySettings:
@@ -303,7 +305,9 @@ class GatewayReplica:
 RolloutDeployment = serve.deployment(
     name="Rollout", num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}
 )(RolloutReplica)
-EngineDeployment = serve.deployment(name="Engine", max_ongoing_requests=64)(EngineReplica)
+EngineDeployment = serve.deployment(
+    name="Engine", max_ongoing_requests=64, logging_config={"enable_access_log": False}
+)(EngineReplica)  # the gateway's log has the request
 GatewayDeployment = serve.deployment(name="Gateway")(serve.ingress()(GatewayReplica))
 
 

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from rayscale import artifact, imaging
 from rayscale.artifact import Abort
-from rayscale.contract import ModelCard, Spec
+from rayscale.contract import Spec
 from rayscale.errors import ConfigError, ImageError, RayscaleError, TooLargeError, UnavailableError
 from rayscale.imaging import Tile
 from rayscale.serve.batching import (
@@ -42,6 +42,7 @@ from rayscale.serve.batching import (
     too_late,
     units,
 )
+from rayscale.serve.shelf import Shelf
 
 Load = Callable[[Path, str], Session]
 """(folder, expected digest) -> a verified session."""
@@ -57,6 +58,7 @@ class EngineSettings:
     whole_max_px: int = 512 * 512  # up to this area a picture runs untiled: the same bytes for less work
     untiled_max_px: int = 4_000_000  # the same for models that have no exact tiling
     max_batch: int = 1  # tiles of one shape in one run: on a CPU more gains nothing
+    memory_bytes: int = 0  # of loaded models; beyond it those leave that were not asked for the longest; 0: no limit
 
 
 # --- a picture and its tiles: pure ------------------------------------------------------------------------------
@@ -144,17 +146,6 @@ class Canvas:
 # --- the engine -------------------------------------------------------------------------------------------------
 
 
-class Described(Protocol):
-    """What is said of a model that runs somewhere."""
-
-    @property
-    def card(self) -> ModelCard: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def provider(self) -> str: ...
-
-
 class Runner(Protocol):
     """What a gateway needs: an `Engine` in its own process, or `remote.RemoteEngine`."""
 
@@ -162,7 +153,7 @@ class Runner(Protocol):
     def settings(self) -> EngineSettings: ...
     @property
     def digests(self) -> frozenset[str]: ...
-    def session(self, digest: str) -> Described: ...
+    def session(self, digest: str) -> Known: ...
     def forget(self, digest: str) -> None: ...
     def known(self) -> dict[str, Known]: ...
     def backlog_s(self) -> float: ...
@@ -180,7 +171,9 @@ class Engine:
     def __init__(self, settings: EngineSettings, *, load: Load | None = None) -> None:
         self.settings = settings
         self._load = load or self._load_artifact
-        self._models: dict[str, Model] = {}
+        self._models = Shelf(lambda folder, digest: _measure(Model(self._load(folder, digest)), settings),
+                             settings.memory_bytes)  # fmt: skip
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._queue = Queue(settings.max_batch)
         self._wake = threading.Condition()  # guards the queue and what follows
         self._closed = False
@@ -193,32 +186,35 @@ class Engine:
 
     def prepare(self, digest: str, folder: Path) -> None:
         """Load, verify and warm a model: seconds, so never on an event loop. A second time does nothing."""
-        if digest in self._models:
-            return
-        session = self._load(folder, digest)
-        self._models[digest] = _measure(Model(session), self.settings)
+        self._models.prepare(digest, folder)
 
     def forget(self, digest: str) -> None:
         """Take no new requests for it. What waits is still served."""
-        self._models.pop(digest, None)
+        self._models.forget(digest)
 
     @property
     def digests(self) -> frozenset[str]:
-        return frozenset(self._models.copy())
+        return self._models.digests
 
     def known(self) -> dict[str, Known]:
         """Digest -> what other processes may know of it."""
-        return {digest: model.known for digest, model in self._models.copy().items()}
+        return {digest: self._models.known(digest) for digest in self.digests}
 
-    def session(self, digest: str) -> Session:
+    def session(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared here."""
-        return self._model(digest).session
+        return self._models.known(digest)
 
-    def _model(self, digest: str) -> Model:
+    async def _model(self, digest: str, deadline: float) -> Model:
+        """The model itself, loaded again where it had to leave memory."""
         model = self._models.get(digest)
-        if model is None:
-            raise UnavailableError("model", digest[:12], "is not loaded in this replica", "try again")
-        return model
+        if model is not None:
+            return model
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await loop.run_in_executor(self._loader, self._models.fetch, digest)
+        except TimeoutError:
+            raise too_late() from None
 
     def _load_artifact(self, folder: Path, digest: str) -> Session:
         s = self.settings
@@ -233,7 +229,7 @@ class Engine:
 
     def cost_s(self, digest: str, units: int) -> float:
         """Estimated device time of so many input pixels (functions of pictures) or samples (others)."""
-        return units * self._model(digest).seconds_per_unit
+        return units * self._models.known(digest).seconds_per_unit
 
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float, owner: str = "") -> Timing:
         """Run tiles u8[h, w, c] of one shape and hand each result u8[h * scale, w * scale, 3] to `place`.
@@ -246,11 +242,11 @@ class Engine:
         Raises: ConfigError for other channels; UnavailableError after the deadline, or when the engine is closed;
         what the session raises.
         """
-        model = self._model(digest)
-        spec, found = model.session.card.spec, tiles[0].shape[2]
+        spec, found = self._models.known(digest).card.spec, tiles[0].shape[2]
         if found != (wanted := channels(spec)):
             names = " and ".join(t.name for t in spec.inputs)
             raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
+        model = await self._model(digest, deadline)
         return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner))
 
     async def call(
@@ -260,8 +256,9 @@ class Engine:
 
         Raises: ConfigError for inputs unlike the card's; otherwise as `run`.
         """
-        model = self._model(digest)
-        artifact.bind(model.session.card, {name: value.shape for name, value in inputs.items()})
+        card = self._models.known(digest).card
+        artifact.bind(card, {name: value.shape for name, value in inputs.items()})
+        model = await self._model(digest, deadline)
         job = CallJob(model=model, inputs=inputs, deadline=deadline, owner=owner)
         timing = await self._finish(job)
         return job.outputs, timing
@@ -295,6 +292,7 @@ class Engine:
                 job.fail(_closed())
             self._wake.notify()
         self._thread.join()
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
     # the device's thread
 
