@@ -354,8 +354,10 @@ def test_closing_refuses_what_waits(start: Callable[..., Engine]) -> None:
     async def main() -> None:
         waiting = asyncio.create_task(ask(engine, 1, 1, 1))
         await until(lambda: len(session.runs) == 1)
-        threading.Timer(0.05, session.gate.set).start()
-        await asyncio.to_thread(engine.close)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await until(lambda: engine._closed)
+        session.gate.set()
+        await closing
         with pytest.raises(UnavailableError, match="going away"):
             await waiting
         with pytest.raises(UnavailableError, match="going away"):
