@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from rayscale import contract, storage
+from rayscale.artifact import Device
 from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
 from rayscale.serve import follower as follower_module
 from rayscale.serve import rollout as rollout_module
 from rayscale.serve.batching import Known
-from rayscale.serve.engine import EngineSettings
+from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
 from rayscale.serve.remote import Chunk, RemoteEngine, Reply
 from rayscale.serve.rollout import Desired, Orders, Release, Report, Rollout, Table, read_desired, read_table
@@ -429,6 +430,10 @@ def test_starting_waits_for_what_there_is_and_for_nothing_else(tmp_path: Path) -
     asyncio.run(main())
 
 
+async def never(chunk: Chunk, large: bool) -> Reply:
+    raise AssertionError("nothing is asked here")
+
+
 def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
     async def main() -> None:
         state, woken = Rollout(now=0.0), 0
@@ -437,13 +442,10 @@ def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
             nonlocal woken
             woken += 1
 
-        async def carry(chunk: Chunk, large: bool) -> Reply:
-            raise AssertionError("nothing is asked here")
-
         async def sync(said: Report) -> Orders:
             return state.sync(said, clock)
 
-        clock, remote = 0.0, RemoteEngine(EngineSettings(), carry, wake)
+        clock, remote = 0.0, RemoteEngine(EngineSettings(), never, wake)
         follower = GatewayFollower("gateway", remote, sync, grace_s=0.0)
         state.desire(desired(ONE), 0.0)
         await follower.step()
@@ -464,6 +466,36 @@ def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
         assert follower.reason == "preparing photos:1; CUDA did not start"
 
     asyncio.run(main())
+
+
+def test_a_gpu_that_was_asked_for_and_not_obtained_is_not_ready_and_says_why(tmp_path: Path) -> None:
+    digest = small["write"](tmp_path / "a")
+    wanted = Release(name="photos", version=1, digest=digest, uri=str(tmp_path / "a"))
+
+    async def main(device: Device) -> tuple[str, str, bool]:
+        state, remote = Rollout(now=0.0), RemoteEngine(EngineSettings(), never, lambda: None)
+        state.desire(desired(wanted), 0.0)
+
+        async def sync(said: Report) -> Orders:
+            return state.sync(said, 0.0)
+
+        engine = Engine(EngineSettings(device=device, threads=1))
+        own = EngineFollower(
+            "e", engine, sync, lambda r: tmp_path / "a", ThreadPoolExecutor(1), FakeMeters(), grace_s=0
+        )
+        gateway = GatewayFollower("g", remote, sync, grace_s=0.0)
+        try:
+            await own.start(wait_s=0.3, interval_s=0.05)  # one tier: the gateway itself
+            await gateway.step()  # two tiers: the gateway before it
+            return own.reason, gateway.reason, digest in state.sync(report("x"), 0.0).table.routed
+        finally:
+            engine.close()
+
+    own, before, routed = asyncio.run(main("cuda"))
+    assert "device=cuda: CUDA did not start" in own
+    assert "device=cuda: CUDA did not start" in before
+    assert not routed
+    assert asyncio.run(main("auto"))[:2] == ("", "")  # it may take the CPU
 
 
 def test_an_artifact_is_fetched_once(tmp_path: Path) -> None:
