@@ -189,6 +189,7 @@ def test_a_chunk_that_met_two_dead_engines_fails_its_own_request(start: Start) -
     failed, *fine = asyncio.run(main())
     assert isinstance(failed, UnavailableError)
     assert "two engines died" in str(failed)
+    assert line.remote.outcomes() == {"d": (0, 1)}
     for found in fine:
         np.testing.assert_array_equal(found, doubled(hwc))  # type: ignore[arg-type]
 
@@ -245,6 +246,7 @@ def test_an_error_of_the_picture_is_told_as_it_is_and_not_asked_again(start: Sta
     first, failed, *rest = asyncio.run(main())
     assert isinstance(failed, ConfigError)
     assert str(failed) == "image=poison: is not run; send another"
+    assert sum(engine.outcomes()["d"].failed for engine in line.engines) == 0  # the picture's fault
     for found in (first, *rest):
         np.testing.assert_array_equal(found, doubled(hwc))  # type: ignore[arg-type]
     assert len(line.chunks) == 4

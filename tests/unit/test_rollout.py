@@ -16,7 +16,7 @@ from rayscale.artifact import Device
 from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
 from rayscale.serve import follower as follower_module
 from rayscale.serve import rollout as rollout_module
-from rayscale.serve.batching import Known
+from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
 from rayscale.serve.remote import Chunk, RemoteEngine, Reply
@@ -210,6 +210,64 @@ def test_sleeping_engines_are_known_and_failing_ones_are_named() -> None:
     assert state.sync(gateway(ONE), 9.0).failed == {}  # one of them can
 
 
+# --- a version that fails is rolled back
+
+
+def counted(replica: str, ok: int, failed: int, **more: Any) -> Report:
+    return report(replica, ONE, TWO, outcomes={TWO.digest: Outcome(ok, failed)}, **more)
+
+
+def on_trial() -> Rollout:
+    """Replicas "a" and "b" serve version 2 since 1.0, in place of version 1; "a" had failed 50 times before."""
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    for replica, failed in (("a", 50), ("b", 0)):
+        state.sync(counted(replica, 0, failed), 1.0)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+    return state
+
+
+def test_a_version_that_fails_on_probation_is_rolled_back_until_its_alias_moves() -> None:
+    state = on_trial()
+    state.sync(counted("a", 10, 52), 2.0)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+    orders = state.sync(counted("b", 5, 3), 2.0)
+    assert orders.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    assert orders.held == {ROUTE: "photos:2 was rolled back: 5 of 20 runs failed"}
+    state.desire(desired(TWO), 3.0)  # the alias still says so
+    again = Rollout(contract.loads(Table, contract.dumps(state.table), "table"), now=50.0, stale_s=5.0)
+    for rollout in (state, again):  # and after a restart
+        rollout.desire(desired(TWO), 60.0)
+        rollout.sync(counted("a", 10, 52), 60.0)
+        assert rollout.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+        assert "was rolled back" in rollout.held()[ROUTE]
+    state.desire(desired(ONE), 61.0)
+    assert (state.held(), state.table.rolled_back) == ({}, {})
+    state.desire(desired(TWO), 62.0)  # once more, on purpose
+    assert state.sync(counted("a", 10, 52), 62.0).table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("ok", "failed", "now"), [(0, 4, 2.0), (100, 6, 2.0), (0, 100, 601.0)], ids=["few", "rare", "later"]
+)
+def test_what_is_no_jump_of_errors_stays(ok: int, failed: int, now: float) -> None:
+    state = on_trial()
+    state.sync(counted("b", ok, failed), now)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
+def test_engines_that_die_of_a_version_count_against_it() -> None:
+    state = on_trial()
+    state.sync(counted("gateway", 0, 5, runs=False), 2.0)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+
+
+def test_the_first_version_has_nothing_to_go_back_to() -> None:
+    state = serving_one()
+    state.sync(report("a", ONE, outcomes={ONE.digest: Outcome(0, 99)}), 1.0)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+
+
 # --- the table
 
 
@@ -290,6 +348,9 @@ class FakeEngine:
 
     def known(self) -> dict[str, Known]:
         return {digest: known(digest) for digest in self.loaded}
+
+    def outcomes(self) -> dict[str, Outcome]:
+        return {}
 
     def session(self, digest: str) -> FakeEngine:
         return self

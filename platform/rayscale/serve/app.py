@@ -82,6 +82,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     quality: int = pydantic.Field(95, ge=1, le=100)  # of JPEG and WebP answers
     poll_s: float = pydantic.Field(1.0, gt=0)  # how often the registry is read
     sync_s: float = pydantic.Field(0.5, gt=0, le=2.0)  # how often a replica reports
+    probation_s: float = pydantic.Field(600.0, ge=0)  # a new version that fails so soon is rolled back; 0: never
     ready_wait_s: float = pydantic.Field(60.0, ge=0)  # a starting replica waits so long for its models
 
     @pydantic.model_validator(mode="wrap")
@@ -131,7 +132,7 @@ class RolloutReplica:
         self._registry: Any = None
         self._store = storage.open_store(args.state_uri or storage.home() / "serve")
         self._io = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._rollout = rollout.Rollout(now=time.monotonic())
+        self._rollout = rollout.Rollout(now=time.monotonic(), probation_s=args.probation_s)
         self._kept = 0  # generation of the table in the store
         self._away = ""  # why the registry does not answer
         self._started = asyncio.Event()
@@ -147,7 +148,8 @@ class RolloutReplica:
 
     async def _follow_registry(self) -> None:
         table = await self._in_thread(rollout.read_table, self._store, TABLE)
-        self._rollout, self._kept = rollout.Rollout(table, now=time.monotonic()), table.generation
+        kept = rollout.Rollout(table, now=time.monotonic(), probation_s=self._args.probation_s)
+        self._rollout, self._kept = kept, table.generation
         while True:
             await self._poll()
             self._started.set()

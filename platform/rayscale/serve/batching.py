@@ -86,6 +86,13 @@ class Model:
         )
 
 
+class Outcome(NamedTuple):
+    """How a model's runs ended. What the caller could mend, or what came too late, is neither."""
+
+    ok: int = 0
+    failed: int = 0
+
+
 class Timing(NamedTuple):
     """Where a request's time went in the engine."""
 

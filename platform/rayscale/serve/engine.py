@@ -22,7 +22,7 @@ import numpy as np
 from rayscale import artifact, imaging
 from rayscale.artifact import Abort
 from rayscale.contract import Spec
-from rayscale.errors import ConfigError, ImageError, RayscaleError, TooLargeError, UnavailableError
+from rayscale.errors import ConfigError, ImageError, RayscaleError, TooLargeError, UnavailableError, UserError
 from rayscale.imaging import Tile
 from rayscale.serve.batching import (
     F32,
@@ -32,6 +32,7 @@ from rayscale.serve.batching import (
     Job,
     Known,
     Model,
+    Outcome,
     Place,
     Queue,
     Session,
@@ -156,6 +157,7 @@ class Runner(Protocol):
     def session(self, digest: str) -> Known: ...
     def forget(self, digest: str) -> None: ...
     def known(self) -> dict[str, Known]: ...
+    def outcomes(self) -> dict[str, Outcome]: ...
     def backlog_s(self) -> float: ...
     def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
@@ -178,6 +180,7 @@ class Engine:
         self._wake = threading.Condition()  # guards the queue and what follows
         self._closed = False
         self._busy_until = 0.0
+        self._outcomes: dict[str, Outcome] = {}
         self._running: tuple[list[Item], Abort] | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -199,6 +202,14 @@ class Engine:
     def known(self) -> dict[str, Known]:
         """Digest -> what other processes may know of it."""
         return {digest: self._models.known(digest) for digest in self.digests}
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Digest -> how its requests' work has ended so far."""
+        return self._outcomes.copy()
+
+    def _count(self, job: Job, *, ok: bool) -> None:
+        done = self._outcomes.get(digest := job.model.session.digest, Outcome())
+        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok))
 
     def session(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared here."""
@@ -317,6 +328,8 @@ class Engine:
             execute(batch, abort)
         except Exception as error:
             if len(batch) == 1:
+                if not isinstance(error, UserError | UnavailableError):
+                    self._count(batch[0][0], ok=False)
                 batch[0][0].fail(error)
                 return
             for item in batch:  # a poison tile fails its own request only
@@ -332,6 +345,7 @@ class Engine:
             job.run_s += share_s
             job.finished += 1
             if job.finished == job.count:
+                self._count(job, ok=True)
                 with suppress(InvalidStateError):  # it was cancelled in this very moment
                     job.future.set_result(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
 

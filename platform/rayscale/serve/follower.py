@@ -136,6 +136,7 @@ class EngineFollower(Follower):
             known=self._engine.known(),
             prepared=self._engine.digests,
             failed=dict(self._failed),
+            outcomes=self._engine.outcomes(),
             table=self.table,
         )
 
@@ -189,7 +190,13 @@ class GatewayFollower(Follower):
         self._remote = engine
 
     def report(self) -> Report:
-        return Report(replica=self._replica, runs=False, prepared=self._engine.digests, table=self.table)
+        return Report(
+            replica=self._replica,
+            runs=False,
+            prepared=self._engine.digests,
+            outcomes=self._engine.outcomes(),
+            table=self.table,
+        )
 
     def obey(self, orders: Orders) -> None:
         self._remote.learn(orders.known, orders.num_engines)

@@ -21,7 +21,7 @@ import numpy as np
 from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
-from rayscale.serve.batching import F32, U8, Known, Place, Timing, too_late, units
+from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
 from rayscale.serve.engine import Engine, EngineSettings
 
 CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; gRPC refuses 4 MiB
@@ -138,6 +138,7 @@ class RemoteEngine:
         self._waiting_s: dict[object, float] = {}  # by request or call, estimated device time of what it waits for
         self._backlogs: dict[str, tuple[float, float]] = {}  # engine -> (seconds, when it said so)
         self._calls = itertools.count()
+        self._crashed: dict[str, int] = {}  # digest -> chunks that two engines died of
         self._closed = False
 
     # models
@@ -158,6 +159,10 @@ class RemoteEngine:
 
     def known(self) -> dict[str, Known]:
         return dict(self._known)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """What no engine lived to tell; the rest is in their own reports."""
+        return {digest: Outcome(failed=count) for digest, count in self._crashed.items()}
 
     def session(self, digest: str) -> Known:
         """Raises: UnavailableError when no engine has said that it has it."""
@@ -245,6 +250,7 @@ class RemoteEngine:
                 dead.add(lost.engine)
                 if len(dead) == 2:
                     log.error("model %s: two engines died of the same chunk", chunk.digest)
+                    self._crashed[chunk.digest] = self._crashed.get(chunk.digest, 0) + 1
                     rule = "two engines died of a part of this request"
                     raise UnavailableError("engine", ", ".join(sorted(dead)), rule, "send another picture") from None
                 error: RayscaleError = UnavailableError("engine", lost.engine, "died", "try again")

@@ -1,7 +1,8 @@
 """Which versions serve: the routing table, and how it follows the registry's aliases without a seam.
 
 A moved alias is prepared by every live engine first (download, digest, golden probe, warm-up), in a gateway or behind
-a handle; then one table is published. The version before stays listed, so replicas keep it warm for a rollback.
+a handle; then one table is published. The version before stays listed, so replicas keep it warm for a rollback, which
+comes by itself where the new one fails too often in its first minutes, and stays until the alias moves.
 Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from rayscale import contract
 from rayscale.errors import ConfigError, MissingError, nearest
 from rayscale.observe import log
-from rayscale.serve.batching import Known
+from rayscale.serve.batching import Known, Outcome
 from rayscale.storage import Store
 
 if TYPE_CHECKING:  # MLflow: only the process that reads the registry pays for it
@@ -36,6 +37,14 @@ class Release:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """A version that a route does not follow, though its alias points there."""
+
+    digest: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Who answers for which route. Versions without a route are to be kept warm."""
 
@@ -44,6 +53,8 @@ class Table:
     """"name@alias" -> (digest, weight), ...; the weights of a route add up to 1."""
     versions: Mapping[str, Release] = field(default_factory=dict)
     """digest -> release."""
+    rolled_back: Mapping[str, Rollback] = field(default_factory=dict)
+    """By route, until its alias moves."""
     schema: int = contract.SCHEMA
 
     @property
@@ -71,6 +82,7 @@ class Report:
     known: Mapping[str, Known] = field(default_factory=dict)  # of an engine, what others need to know of its models
     prepared: frozenset[str] = frozenset()  # digests it can answer with now
     failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why; it tries again by itself
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # by digest, since the replica started
     table: Table = Table()  # the one it follows: a second copy, should the rollout lose its own
 
 
@@ -96,13 +108,39 @@ class Desired:
     names: frozenset[str] = frozenset()  # of every registered model
 
 
+FAILURES, FAILURE_RATE = 5, 0.2  # at least so many, and such a share of all: the version is rolled back
+
+
+@dataclass(eq=False)
+class _Trial:
+    """The first minutes of a version on a route."""
+
+    digest: str
+    before: tuple[tuple[str, float], ...]  # the route's shares until then
+    until: float
+    base: dict[str, Outcome]  # by replica, of a time before this one
+    now: dict[str, Outcome]
+
+    def outcome(self) -> Outcome:
+        """Of all replicas, also of those that died meanwhile."""
+        ok = sum(max(0, outcome.ok - self.base.get(k, Outcome()).ok) for k, outcome in self.now.items())
+        failed = sum(max(0, outcome.failed - self.base.get(k, Outcome()).failed) for k, outcome in self.now.items())
+        return Outcome(ok, failed)
+
+
 class Rollout:
     """The state machine. `desire` what the registry says, `sync` every replica; both may publish a new table."""
 
-    def __init__(self, table: Table | None = None, *, now: float, stale_s: float = 5.0) -> None:
-        """`table`: the one that was kept; `stale_s`: a replica that has been silent for so long is dead."""
+    def __init__(
+        self, table: Table | None = None, *, now: float, stale_s: float = 5.0, probation_s: float = 600.0
+    ) -> None:
+        """`table`: the one that was kept; `stale_s`: a replica that has been silent for so long is dead.
+
+        `probation_s`: how long a new version is watched; 0: not at all.
+        """
         self.table = table or Table()
-        self.stale_s = stale_s
+        self.stale_s, self.probation_s = stale_s, probation_s
+        self._trials: dict[str, _Trial] = {}  # by route
         # Replicas that outlived the rollout's process get the time to be heard before anything moves.
         self._publish_from = now + stale_s if self.table.routes else now
         self._desired: Desired | None = None  # unknown until the registry has answered once
@@ -124,6 +162,7 @@ class Rollout:
                         report.table.generation, self.table.generation)  # fmt: skip
             self.table = report.table
         self._replicas[report.replica] = (now, report)
+        self._judge(now)
         self._settle(now)
         orders = Orders(table=self.table, prepare=self._prepare(), held=self.held())
         return orders if report.runs else self._for_gateway(orders)
@@ -146,11 +185,37 @@ class Rollout:
             return {}
         waiting = {route: self._why(release) for route, release in self._pending().items()}
         lost = [route for route in self.table.routes if route.partition("@")[0] not in self._desired.names]
-        return dict.fromkeys(lost, "the model is gone from the registry") | waiting | dict(self._desired.refused)
+        gone = dict.fromkeys(lost, "the model is gone from the registry")
+        back = {route: rollback.why for route, rollback in self.table.rolled_back.items()}
+        return gone | waiting | back | dict(self._desired.refused)
 
     def _pending(self) -> dict[str, Release]:
         desired = self._desired.routes if self._desired else {}
-        return {route: r for route, r in desired.items() if self.table.routes.get(route) != ((r.digest, 1.0),)}
+        back = {(route, rollback.digest) for route, rollback in self.table.rolled_back.items()}
+        return {
+            route: release
+            for route, release in desired.items()
+            if self.table.routes.get(route) != ((release.digest, 1.0),) and (route, release.digest) not in back
+        }
+
+    def _judge(self, now: float) -> None:
+        """Roll back what fails too often on probation."""
+        for route, trial in list(self._trials.items()):
+            if now >= trial.until or self.table.routes.get(route) != ((trial.digest, 1.0),):
+                del self._trials[route]
+                continue
+            trial.now |= self._outcomes(trial.digest)
+            ok, failed = trial.outcome()
+            if failed >= FAILURES and failed >= FAILURE_RATE * (ok + failed):
+                why = f"{self.table.versions[trial.digest]} was rolled back: {failed} of {ok + failed} runs failed"
+                log.error("%s: %s", route, why)
+                back = {**self.table.rolled_back, route: Rollback(digest=trial.digest, why=why)}
+                routes, versions = {**self.table.routes, route: trial.before}, self.table.versions
+                self._publish(Table(routes=routes, versions=versions, rolled_back=back))
+
+    def _outcomes(self, digest: str) -> dict[str, Outcome]:
+        """By replica."""
+        return {name: report.outcomes.get(digest, Outcome()) for name, (_, report) in self._replicas.items()}
 
     def _why(self, release: Release) -> str:
         reports = [report for _, report in self._replicas.values() if report.runs]
@@ -180,8 +245,17 @@ class Rollout:
         if engines and now >= self._publish_from:
             ready = frozenset.intersection(*(engine.prepared for engine in engines))
             moved = {route: release for route, release in self._pending().items() if release.digest in ready}
-        routes |= {route: ((release.digest, 1.0),) for route, release in moved.items()}
-        if routes == self.table.routes:
+        for route, release in moved.items():
+            if (before := self.table.routes.get(route)) and self.probation_s:
+                base, until = self._outcomes(release.digest), now + self.probation_s
+                self._trials[route] = _Trial(release.digest, before, until, base, {})
+            routes[route] = ((release.digest, 1.0),)
+        back = {
+            route: rollback
+            for route, rollback in self.table.rolled_back.items()
+            if route in routes and self._desired.routes.get(route, rollback).digest == rollback.digest
+        }
+        if (routes, back) == (self.table.routes, self.table.rolled_back):
             return
         known = {**self.table.versions, **{r.digest: r for r in moved.values()}}
         replaced = {digest for route in moved for digest, _ in self.table.routes.get(route, ())}
@@ -192,9 +266,12 @@ class Rollout:
             for digest, release in known.items()
             if digest in routed or digest in replaced or release.name not in renewed
         }
-        self.table = Table(generation=self.table.generation + 1, routes=routes, versions=keep)
-        log.info("table %d: %s", self.table.generation,
-                 ", ".join(f"{route} -> {keep[s[0][0]]}" for route, s in sorted(routes.items())))  # fmt: skip
+        self._publish(Table(routes=routes, versions=keep, rolled_back=back))
+
+    def _publish(self, table: Table) -> None:
+        self.table = replace(table, generation=self.table.generation + 1)
+        routes = ", ".join(f"{route} -> {table.versions[s[0][0]]}" for route, s in sorted(table.routes.items()))
+        log.info("table %d: %s", self.table.generation, routes)
 
 
 # --- where the desired state and the last table are kept --------------------------------------------------------
