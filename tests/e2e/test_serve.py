@@ -378,8 +378,9 @@ def test_redeployed_and_fewer_engines_cost_no_request(served: Served) -> None:
         until(lambda: len(engine_pids()) == 1, 120)
         count = len(seen)
         until(lambda: len(seen) > count + 20)
+        last = engine_pids()
         served.deploy()
-        until(lambda: len(engine_pids()) == 2, 120)
+        until(lambda: len(engine_pids() - last) == 2 and not engine_pids() & last, 120)
 
 
 @pytest.mark.ray
