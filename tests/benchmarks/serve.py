@@ -51,9 +51,10 @@ os.environ |= {MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYSCALE_LOG": "WARNI
 
 U8 = NDArray[np.uint8]
 SIZES = {"64": (64, 64), "512": (512, 512), "2mp": (1280, 1600)}
-REQUESTS = {"64": 256, "512": 32, "2mp": 6}  # in a cell, or as many as its concurrency
+REQUESTS = {"64": 256, "512": 64, "2mp": 6}  # in a cell, or as many as its concurrency
 CHANNELS, LAYERS = 16, 4
 TIMEOUT_S = 300.0
+IDLE_S = 4.0  # Ray's daemons work in turns of a second or two
 
 
 # --- the work: a net, pictures, and what each system makes of one
@@ -173,8 +174,8 @@ def load(port: int, size: str, concurrency: int, wanted: bytes) -> Cell:
 
     go(concurrency)  # connections and caches are warm
     idle = cpu_seconds()
-    time.sleep(2.0)
-    idle_share = (cpu_seconds() - idle) / 2.0
+    time.sleep(IDLE_S)
+    idle_share = (cpu_seconds() - idle) / IDLE_S
     cpu, started = cpu_seconds(), time.monotonic()
     go(count)
     wall = time.monotonic() - started

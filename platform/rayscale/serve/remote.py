@@ -97,6 +97,8 @@ async def _run_tiles(engine: Engine, chunk: Chunk, deadline: float) -> tuple[U8,
     timing = await engine.run(
         chunk.digest, list(chunk.body), results.__setitem__, deadline=deadline, owner=chunk.request
     )
+    if len(results) == 1:
+        return results[0][None], timing  # not copied
     return np.stack([results[index] for index in range(len(results))]), timing
 
 
