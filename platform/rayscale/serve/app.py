@@ -234,14 +234,15 @@ class EngineLine:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         # Where Serve uses gRPC: plain pickle costs a fifth of cloudpickle, and our messages need no more.
-        self._small = handle.options(request_serialization="pickle", response_serialization="pickle")
-        self._large = handle.options(_by_reference=True)  # gRPC takes 4 MiB
+        pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
+        self._small = handle.options(method_name="answer", **pickled)
+        self._large = handle.options(method_name="answer", _by_reference=True)  # gRPC takes 4 MiB
         self._handle = handle
         self._waking: asyncio.Future[None] | None = None
 
     async def carry(self, chunk: Chunk, large: bool) -> Reply:
         """Raises: LostError when the replica died; what it raised."""
-        response = (self._large if large else self._small).answer.remote(chunk)
+        response = (self._large if large else self._small).remote(chunk)
         try:
             return cast(Reply, await response)
         except asyncio.CancelledError:
