@@ -157,9 +157,13 @@ def load(port: int, size: str, concurrency: int, wanted: bytes) -> Cell:
     def client(requests: Iterator[int]) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
         for _ in requests:
-            connection.request("POST", "/v1/upscale", data, {"Accept": "image/png"})
-            answer = connection.getresponse()
-            content = answer.read()
+            try:
+                connection.request("POST", "/v1/upscale", data, {"Accept": "image/png"})
+                answer = connection.getresponse()
+                content = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                wrong.append(repr(error))
+                return
             if answer.status != 200 or content != wanted:
                 wrong.append(f"{answer.status} {len(content)} bytes: {content[:200]!r}")
         connection.close()
