@@ -272,7 +272,7 @@ def test_several_models_need_a_name_or_a_default(make: Callable[..., Service]) -
 
 
 def test_a_model_of_another_kind_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = service.engine.session(service.release.digest)
+    session = service.engine._models.fetch(service.release.digest).session
     monkeypatch.setattr(session, "card", small["card"](kind="embed"))
     is_problem(service.upscale(b"x", model="photos"), 404, "embed", "upscale", "/v1/models")
     is_problem(service.upscale(b"x"), 404, "no model", "upscale")

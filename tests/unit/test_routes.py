@@ -177,7 +177,7 @@ def test_16_bits_in_tiles_are_16_bits_whole(service: Any) -> None:
     sent = deep(131, 97)
     tiled = post(service, "/v1/upscale", content=png(sent))
     assert tiled.headers["x-rayscale-tiling"] == "tiled 9"
-    session = service.engine.session(service.release.digest)
+    session = service.engine._models.fetch(service.release.digest).session
     whole = session.run({"image": sent.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(65535)})["image_out"]
     want = np.rint(whole[0].transpose(1, 2, 0) * np.float32(65535)).astype(np.uint16)
     answer = cv2.imdecode(np.frombuffer(tiled.content, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1]
@@ -336,7 +336,7 @@ def test_a_picture_is_a_function_of_seed_and_index(service: Any) -> None:
     np.testing.assert_array_equal(decoded(one.content), pictures[0])
     other = decoded(post(service, "/v1/generate", json={"seed": 8}).content)
     assert (other != pictures[0]).any()
-    session = service.engine.session(service.routing.table.routes["generator@champion"][0][0])
+    session = service.engine._models.fetch(service.routing.table.routes["generator@champion"][0][0]).session
     z = latents.latents(7, 1, kinds["LATENT"])
     made = session.run({"z": z, "label": latents.one_hot([0], 3)})["image_out"][0].transpose(1, 2, 0)
     np.testing.assert_array_equal(pictures[0], np.rint(made * np.float32(255)))
