@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,7 @@ def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
     settings = EngineSettings(tile_px=64, whole_max_px=100 * 100, untiled_max_px=200 * 200)
     assert plan(exact, 100, 100, settings).tiling == "whole"
     assert plan(exact, 101, 100, settings).tiling == "tiled 4"
+    assert plan(replace(exact, halo_error=0.5 / 255), 101, 100, settings).tiling == "tiled 4, within 0.002"
     assert plan(inexact, 200, 200, settings).tiling == "whole"
     with pytest.raises(TooLargeError, match="looks everywhere"):
         plan(inexact, 201, 200, settings)

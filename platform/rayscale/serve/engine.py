@@ -75,6 +75,7 @@ class Plan:
     padded_width: int
     scale: int
     tiles: tuple[Tile, ...]
+    error: float = 0.0  # by which tiles may differ from the whole, of a card whose halo is not exact
 
     @property
     def pixels(self) -> int:
@@ -83,7 +84,9 @@ class Plan:
 
     @property
     def tiling(self) -> str:
-        return "whole" if len(self.tiles) == 1 else f"tiled {len(self.tiles)}"
+        if len(self.tiles) == 1:
+            return "whole"
+        return f"tiled {len(self.tiles)}" + (f", within {self.error:.2g}" if self.error else "")
 
 
 def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
@@ -106,7 +109,8 @@ def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
         # A tile keeps at least half of its side, however far the model sees.
         side = -(-max(settings.tile_px, 4 * spec.halo_px) // spec.align) * spec.align
         tiles = imaging.plan_tiles(tall, wide, tile_px=side, halo_px=spec.halo_px, align=spec.align)
-    return Plan(height=height, width=width, padded_height=tall, padded_width=wide, scale=spec.scale, tiles=tiles)
+    padded = {"padded_height": tall, "padded_width": wide}
+    return Plan(height=height, width=width, **padded, scale=spec.scale, tiles=tiles, error=spec.halo_error)
 
 
 def _whole(height: int, width: int) -> Tile:
