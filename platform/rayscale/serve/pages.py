@@ -46,7 +46,7 @@ HEADERS = {
     "Server-Timing": "where the time went, in ms",
 }
 OF_PICTURES = {
-    "X-Rayscale-Tiling": "`whole`, or `tiled` and the number of tiles: the bytes are the same, unless it says within how much",
+    "X-Rayscale-Tiling": "`whole`, or `tiled` and the number of tiles: the same bytes, unless it says within how much",
     "X-Rayscale-Bits": "of the answer's samples: 8 or 16",
 }
 
