@@ -146,7 +146,7 @@ def test_fields_of_schema_one_are_fixed() -> None:
                                                                                          Lineage, Scores)}  # fmt: skip
     assert fields == {
         "ModelCard": "family spec licence classes lineage parity_max_abs schema",
-        "Spec": "kind inputs outputs scale align halo_px halo_why_none",
+        "Spec": "kind inputs outputs scale align halo_px halo_error halo_why_none",
         "TensorSpec": "name shape low high",
         "Lineage": "recipe recipe_digest manifest manifest_digest code_version run_id images_seen",
         "Scores": "subject suite keys metrics provider schema",
