@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -185,6 +185,25 @@ def write(folder: str | Path, model: bytes | Path, card: ModelCard, golden_input
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return digest
+
+
+class Boundary(NamedTuple):
+    """What a model file says of one of its tensors; an axis that is free is None."""
+
+    name: str
+    type: str  # ONNX Runtime's, e.g. "tensor(float)"
+    shape: tuple[int | None, ...]
+
+
+def boundary(model: bytes) -> tuple[list[Boundary], list[Boundary]]:
+    """Inputs and outputs of model bytes that have no card yet. Raises: IntegrityError."""
+    started = _open(model, 1, [CPU])
+    sides = (started.get_inputs(), started.get_outputs())
+    inputs, outputs = (
+        [Boundary(t.name, t.type, tuple(a if isinstance(a, int) else None for a in t.shape)) for t in side]
+        for side in sides
+    )
+    return inputs, outputs
 
 
 def digest_of(folder: str | Path) -> str:

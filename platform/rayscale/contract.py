@@ -85,7 +85,7 @@ class ModelCard:
     licence: str
     classes: tuple[str, ...] = ()
     lineage: Lineage = field(default_factory=Lineage)
-    parity_max_abs: float | None = None  # max |ONNX Runtime - torch| over the shapes that were tried
+    parity_max_abs: float | None = None  # max |ONNX Runtime - torch|; of an imported network, - ONNX's reference
     schema: int = SCHEMA
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from rayscale import artifact, imaging
+from rayscale import artifact, halo
 from rayscale.artifact import Session, axis_of, side_multiple
 from rayscale.contract import ModelCard, TensorSpec
 from rayscale.errors import ConfigError, ParityError, RayscaleError
@@ -201,24 +201,11 @@ def _check_halo(session: Session) -> None:
     To the bit, unless the card states by how much they may differ.
     """
     spec = session.card.spec
-    if spec.kind not in ("transform", "burst") or spec.halo_px is None:
-        return
-    tile_px = _up(2 * spec.halo_px + 16, spec.align) + spec.align
-    long, short = 2 * tile_px + tile_px // 2 + 1, _up(16, spec.align)
-    leads = {t.name: tuple(a if isinstance(a, int) else 2 for a in t.shape[1:-2]) for t in spec.inputs}
-    run = imaging.as_one(lambda given: session.run(given)[spec.outputs[0].name], leads)
-    channels = sum(map(math.prod, leads.values()))
-    rng = np.random.default_rng(1)
-    tiling = {"scale": spec.scale, "halo_px": spec.halo_px, "align": spec.align}
-    for height, width in ((long, short), (short, long)):
-        picture = rng.random((1, channels, height, width)).astype(np.float32)
-        whole = imaging.run_tiled(run, picture, tile_px=None, **tiling)
-        tiled = imaging.run_tiled(run, picture, tile_px=tile_px, **tiling)
-        error = float(np.abs(tiled - whole).max())
-        if not error <= spec.halo_error:
-            rule = f"stitched tiles differ from the whole by {error:.3g}, the card allows {spec.halo_error:.3g}"
-            remedy = "state the exact receptive radius, a larger halo, or halo_px=None and halo_why_none"
-            raise ParityError("spec.halo_px", spec.halo_px, rule, remedy)
+    error = halo.error_of(session.run, spec)
+    if not error <= spec.halo_error:
+        rule = f"stitched tiles differ from the whole by {error:.3g}, the card allows {spec.halo_error:.3g}"
+        remedy = "state the exact receptive radius, a larger halo, or halo_px=None and halo_why_none"
+        raise ParityError("spec.halo_px", spec.halo_px, rule, remedy)
 
 
 def _run_torch(module: nn.Module, card: ModelCard, probe: Mapping[str, F32], at: str) -> dict[str, F32]:
@@ -240,7 +227,3 @@ def _run_onnx(session: Session, probe: Mapping[str, F32], at: str) -> dict[str, 
         raise
     except Exception as error:  # ONNX Runtime's classes share no base of their own
         raise ParityError(at, error, "ONNX Runtime cannot run this size", "a size was taken for a constant") from error
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -37,6 +37,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
@@ -387,6 +388,12 @@ def download(tracking_uri: str, uri: str, folder: Path) -> Path:
             if not isinstance(error, FileNotFoundError) and not _ABSENT.search(str(error)):
                 raise
             raise MissingError("artifact", uri, "is not there", "restore the artifact store") from None
+
+
+def remove(tracking_uri: str, uri: str) -> None:
+    """Delete what lies at an artifact URI. Raises: UnavailableError."""
+    with answering(tracking_uri):
+        get_artifact_repository(uri, tracking_uri=tracking_uri).delete_artifacts()
 
 
 def error_code(error: Exception) -> str:

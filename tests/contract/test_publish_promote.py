@@ -15,12 +15,14 @@ from torch import nn
 
 from rayscale import recipes
 from rayscale.cli import reported
+from rayscale.cli.models import rollback
 from rayscale.cli.promote import promote
 from rayscale.cli.publish import publish
 from rayscale.cli.recipes import recipes as list_recipes
 from rayscale.contract import digest, dumps
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, GateError, IntegrityError, MissingError
+from rayscale.registry import moves
 from rayscale.registry.models import Registry
 from rayscale.tracking import Tracker
 from rayscale.train.checkpoint import CheckpointInfo, save
@@ -135,7 +137,11 @@ def test_a_first_champion_then_a_better_one_but_never_a_worse_one(
     assert "\n" not in str(held.value)
     assert registry.aliases("photos-x2") == {"champion": 2}
 
-    runs = promotions(registry)
+    assert [(m.decision, m.moved, m.before, m.version) for m in moves.read(registry, "photos-x2")] == [
+        ("promote", True, None, 1), ("promote", True, 1, 2), ("hold", False, 2, 1)]  # fmt: skip
+    assert rollback("photos-x2", "colours")["version"] == 1
+    registry.alias("photos-x2", "champion", 2)
+    runs = [run for run in promotions(registry) if run.data.tags["decision"] != "rollback"]
     assert sorted((r.data.tags["decision"], r.data.tags.get("moved", "no")) for r in runs) == [
         ("hold", "no"), ("promote", "yes"), ("promote", "yes")]  # fmt: skip
     (tmp_path / "report").mkdir()

@@ -31,12 +31,22 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
     "publish": "rayscale.cli.publish:publish",
     "promote": "rayscale.cli.promote:promote",
     "evaluate": "rayscale.cli.evaluate:evaluate",
+    "models list": "rayscale.cli.models:list_models",
+    "models show": "rayscale.cli.models:show",
+    "models history": "rayscale.cli.models:history",
+    "models rollback": "rayscale.cli.models:rollback",
+    "models import": "rayscale.cli.transfer:import_model",
+    "models export": "rayscale.cli.transfer:export_model",
+    "models gc": "rayscale.cli.models:gc",
     "recipes": "rayscale.cli.recipes:recipes",
     "upscale": "rayscale.cli.upscale:upscale",
     "bench": "rayscale.cli.bench:bench",
 }
 
-GROUPS = {"data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it."}
+GROUPS = {
+    "data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it.",
+    "models": "What is in the registry: look at it, bring networks in, take them out, move an alias back.",
+}
 
 
 def run_one(command: Callable[..., dict[str, Any]]) -> None:

@@ -13,15 +13,14 @@ from rayscale.artifact import Device
 from rayscale.cli.disk import check_disks
 from rayscale.cli.scoring import Scored, device_of, means, score_artifact
 from rayscale.contract import Scores, dumps
-from rayscale.errors import ConfigError, ConflictError, GateError, MissingError
+from rayscale.errors import ConfigError, GateError, MissingError
 from rayscale.evaluate import Suite, compare, score_baseline, session_model, show
 from rayscale.observe import log
+from rayscale.registry import moves
 from rayscale.registry.gate import Gate, Hold, Promote, decide, markdown
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.storage import home
 from rayscale.tracking import Tracker, default_uri
-
-EXPERIMENT = "promotions"
 
 
 def promote(
@@ -59,11 +58,11 @@ def promote(
     log.info("%s -> %s\n\n%s", candidate, alias, markdown(decision.report))
     run_id = ""
     if not dry_run:
-        tracker = _record(registry, candidate, alias, suite, decision, scores, scored)
+        tracker = _record(registry, candidate, alias, holder, suite, decision, scores, scored)
         run_id = tracker.run_id
         try:
             if isinstance(decision, Promote):
-                _move(registry, candidate, alias, holder)
+                moves.move(registry, candidate, alias, holder)
                 tracker.tags({"moved": "yes"})
         except BaseException:
             tracker.finish("FAILED")
@@ -113,6 +112,7 @@ def _record(
     registry: Registry,
     candidate: Version,
     alias: str,
+    before: int | None,
     suite: Suite,
     decision: Promote | Hold,
     scores: Mapping[str, Scores],
@@ -121,10 +121,9 @@ def _record(
     """Write the report down before anything moves. Returns its run, open."""
     names = [name for name in ("champion", "candidate") if name in scored]
     picture = show({name: session_model(scored[name].session) for name in names}, suite)
-    verdict = "hold" if isinstance(decision, Hold) else "promote"
-    tags = {"model": candidate.name, "version": str(candidate.version), "digest": candidate.digest, "alias": alias,
-            "decision": verdict}  # fmt: skip
-    tracker = Tracker.start(EXPERIMENT, f"{candidate} -> {alias}", tags=tags, uri=registry.uri)
+    verdict = moves.HOLD if isinstance(decision, Hold) else moves.PROMOTE
+    tags = moves.tags(candidate.name, candidate.version, candidate.digest, alias, verdict, before)
+    tracker = Tracker.start(moves.EXPERIMENT, f"{candidate} -> {alias}", tags=tags, uri=registry.uri)
     for name, one in scores.items():
         tracker.metrics({f"{name}/{metric}": one.mean(metric) for metric in one.metrics}, 0)
         tracker.text(dumps(one), f"scores/{name}.json")
@@ -132,13 +131,3 @@ def _record(
     tracker.text(dumps(decision.report), "report.json")
     tracker.picture(picture, "samples.png")
     return tracker
-
-
-def _move(registry: Registry, candidate: Version, alias: str, before: int | None) -> None:
-    # MLflow has no compare-and-swap: looking once more leaves milliseconds instead of the minutes of scoring.
-    now = registry.aliases(candidate.name).get(alias)
-    if now != before:
-        rule = f"moved from {before} to {now} while this one was scored"
-        raise ConflictError("alias", f"{candidate.name}@{alias}", rule, "promote again, against the new holder")
-    registry.alias(candidate.name, alias, candidate.version)
-    log.info("%s is now %s", alias, candidate)

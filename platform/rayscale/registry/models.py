@@ -26,7 +26,7 @@ from rayscale.contract import SCHEMA, ModelCard
 from rayscale.errors import ConfigError, IntegrityError, MissingError, RayscaleError, ResourceError, nearest
 from rayscale.observe import log
 from rayscale.storage import open_store
-from rayscale.tracking import Tracker, answering, artifact_uri, connect, download, error_code
+from rayscale.tracking import Tracker, answering, artifact_uri, connect, download, error_code, remove
 
 CHAMPION = "champion"
 FETCH_ATTEMPTS = 3  # networks do flip bits and cut bodies
@@ -156,7 +156,7 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         """All registered models, by name."""
         with answering(self.uri):
-            return tuple(sorted(str(m.name) for m in _pages(self.client.search_registered_models)))
+            return tuple(sorted(str(m.name) for m in pages(self.client.search_registered_models)))
 
     def versions(self, name: str) -> tuple[Version, ...]:
         """The versions of one model that rayscale published, newest first. Raises: MissingError."""
@@ -169,10 +169,30 @@ class Registry:
         found = sorted(self._search(name), key=lambda v: -v.version)
         return tuple(dataclasses.replace(v, aliases=aliases.get(v.version, ())) for v in found)
 
+    def overview(self) -> dict[str, tuple[Version, ...]]:
+        """All models that rayscale published, their versions newest first: two questions, however many there are."""
+        with answering(self.uri):
+            models = {str(m.name): dict(m.aliases) for m in pages(self.client.search_registered_models)}
+            found = [_version(v) for v in pages(self.client.search_model_versions) if v.tags.get("digest")]
+        versions: dict[str, list[Version]] = {}
+        for one in sorted(found, key=lambda v: (v.name, -v.version)):
+            names = sorted(alias for alias, at in models.get(one.name, {}).items() if int(at) == one.version)
+            versions.setdefault(one.name, []).append(dataclasses.replace(one, aliases=tuple(names)))
+        return {name: tuple(them) for name, them in versions.items()}
+
     def _search(self, name: str) -> list[Version]:
         with answering(self.uri):
-            found = _pages(self.client.search_model_versions, filter_string=f"name='{name}'")
+            found = pages(self.client.search_model_versions, filter_string=f"name='{name}'")
             return [_version(v) for v in found if v.tags.get("digest")]
+
+    def delete(self, version: Version) -> None:
+        """Take a version out of the registry for good, and its artifact out of the store.
+
+        The version goes first: what is interrupted leaves files that nothing names, not a version without files.
+        """
+        with answering(self.uri):
+            self.client.delete_model_version(version.name, str(version.version))
+        remove(self.uri, version.uri)
 
     def fetch(self, version: Version, cache: Path) -> Path:
         """The version's artifact as a local folder, `cache/DIGEST`: verified, then renamed into place.
@@ -267,7 +287,8 @@ def _version(found: Any) -> Version:
     )
 
 
-def _pages(search: Any, **query: Any) -> Iterator[Any]:
+def pages(search: Any, **query: Any) -> Iterator[Any]:
+    """All that one of MLflow's searches finds, page by page."""
     token = None
     while True:
         page = search(**query, max_results=200, page_token=token)
