@@ -26,6 +26,7 @@ from rayscale.registry import foreign, moves
 from rayscale.registry.gate import Gate, Hold, decide
 from rayscale.registry.models import Registry, Version
 from rayscale.registry.moves import Move
+from rayscale.serve.batching import Model, TileJob, execute
 from rayscale.serve.engine import EngineSettings, plan
 from rayscale.tracking import Tracker
 
@@ -156,6 +157,19 @@ def test_fixed_sides_are_served_as_they_are_and_no_others() -> None:
     assert len(plan(spec, 24, 24, EngineSettings()).tiles) == 1
     with pytest.raises(RayscaleError, match="24x24 px only"):
         plan(spec, 24, 25, EngineSettings())
+
+
+def test_a_network_of_one_picture_at_a_time_is_given_one_at_a_time() -> None:
+    model = network("Conv", [1, *RGB[1:]], [1, *RGB[1:]], pads=[1, 1, 1, 1])
+    spec = foreign.probed(model)
+    assert (spec.inputs[0].shape, spec.halo_px) == ((1, 3, "h", "w"), 1)
+    session = artifact.open_model(model, ModelCard(family="", spec=spec, licence=""))
+    tiles, made = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8), {}
+    job = TileJob(model=Model(session), deadline=1.0, tiles=list(tiles), place=made.__setitem__)
+    execute([(job, index) for index in range(3)])
+    assert all(np.array_equal(made[index], tiles[index]) for index in range(3))  # the kernel is the identity
+    with pytest.raises(ConfigError):  # control: together it takes none
+        session.transform(np.zeros((3, 3, 8, 8), np.float32))
 
 
 @settings(max_examples=12, deadline=None)

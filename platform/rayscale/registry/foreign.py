@@ -59,7 +59,7 @@ def probed(model: bytes, *, halo_px: int | None = None, why_untiled: str = "") -
     if halo_px is not None:
         rule = f"the network takes pictures of {fixed[1]}x{fixed[0]} px only: nothing is cut into tiles"
         raise ConfigError("--halo", halo_px, rule, "leave it out, or export the network with free sides")
-    return dataclasses.replace(spec, halo_why_none=f"the network takes {fixed[1]}x{fixed[0]} px only")
+    return dataclasses.replace(spec, halo_why_none=why_untiled or f"the network takes {fixed[1]}x{fixed[0]} px only")
 
 
 def parity(model: bytes, spec: Spec) -> float | None:
@@ -129,6 +129,8 @@ def _picture(side: str, tensors: Sequence[Boundary]) -> Boundary:
         raise ConfigError(field, shown, "has its channels last (NHWC): it must be [n, 3, h, w]", _WRAP)
     if channels == 1:
         rule = "has one channel, luma: pictures here have three, RGB"
+        if None not in tensor.shape[2:]:
+            rule += f" (and sides fixed at {tensor.shape[3]}x{tensor.shape[2]} px: no other size could be served)"
         remedy = "wrap it (RGB to YCbCr, its Y through the network, Cb and Cr by bicubic, back) and export that"
         raise ConfigError(field, shown, rule, remedy)
     if channels not in (3, None):

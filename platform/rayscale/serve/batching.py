@@ -212,7 +212,12 @@ def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
     spec = session.card.spec
     run = imaging.as_one(lambda inputs: session.run(inputs, abort)[spec.outputs[0].name], leads(spec))
     nchw = [imaging.to_nchw_f32(job.tiles[index]) for job, index in tiles]
-    result = run(nchw[0] if len(nchw) == 1 else np.concatenate(nchw))
+    if len(nchw) == 1:
+        result = run(nchw[0])
+    elif spec.inputs[0].shape[0] == 1:  # a network made elsewhere may take one picture at a time
+        result = np.concatenate([run(one) for one in nchw])
+    else:
+        result = run(np.concatenate(nchw))
     for position, (job, index) in enumerate(tiles):
         job.place(index, imaging.to_hwc_u8(result[position : position + 1]))
 
