@@ -162,7 +162,7 @@ def test_fixed_sides_are_served_as_they_are_and_no_others() -> None:
 def test_a_network_of_one_picture_at_a_time_is_given_one_at_a_time() -> None:
     model = network("Conv", [1, *RGB[1:]], [1, *RGB[1:]], pads=[1, 1, 1, 1])
     spec = foreign.probed(model)
-    assert (spec.inputs[0].shape, spec.halo_px) == ((1, 3, "h", "w"), 1)
+    assert spec.inputs[0].shape == (1, 3, "h", "w")
     session = artifact.open_model(model, ModelCard(family="", spec=spec, licence=""))
     tiles, made = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8), {}
     job = TileJob(model=Model(session), deadline=1.0, tiles=list(tiles), place=made.__setitem__)
