@@ -32,7 +32,7 @@ def list_models() -> dict[str, Any]:
 
     The score is that of the champion, or of the newest version where there is none, in the metric that its gate
     decides by, on the held-out photos of its publication; the classical baseline's stands beside it. An imported
-    network has none before it was promoted.
+    network has none here: `show` has its decisions, `evaluate` scores it.
     """
     found, rows = {}, []
     for name, versions in Registry().overview().items():
@@ -88,7 +88,7 @@ def show(
         "artifact": f"{version.uri} ({fault or 'verified'})",
         **(_card_facts(card) if card else {}),
         "score": "-" if score is None else f"{metric} {score:.4f}" + (f", baseline {baseline:.4f}" if baseline else ""),
-        "training run": version.run_id or "-",
+        "MLflow run": version.run_id or "-",
         "decision": _told(decision) if decision else "never put before the gate",
         **{f"pictures {i}": uri for i, uri in enumerate(pictures, 1)},
     }
