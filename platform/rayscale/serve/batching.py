@@ -138,8 +138,10 @@ class Job(ABC):
         return self.item_units * self.model.seconds_per_unit
 
     def learn(self, item_s: float) -> None:
-        """Correct the estimate by one measurement."""
-        self.model.seconds_per_unit += 0.2 * (item_s / self.item_units - self.model.seconds_per_unit)
+        """Correct the estimate by one measurement; a run that waited for its CPU moves it up by a fifth at most."""
+        known_s = self.model.seconds_per_unit
+        measured_s = item_s / self.item_units
+        self.model.seconds_per_unit += 0.2 * ((min(measured_s, 2 * known_s) if known_s else measured_s) - known_s)
 
     @property
     def waiting_s(self) -> float:
@@ -228,19 +230,22 @@ class Queue:
     def __init__(self, max_batch: int) -> None:
         self.max_batch = max_batch
         self._circle: deque[list[Job]] = deque()  # the jobs of each request
+        self._served = 0  # requests at its end that had their turn in the last batch, and want more
 
     def put(self, job: Job) -> None:
         for jobs in self._circle if job.owner else ():
             if jobs[0].owner == job.owner:
                 jobs.append(job)
                 return
-        self._circle.append([job])
+        # Before who is being served just now: it would wait for a second batch of theirs otherwise.
+        self._circle.insert(len(self._circle) - self._served, [job])
 
     def take(self, now: float) -> list[Item]:
         """The next batch: up to max_batch items of one key, one per request and round. Empty when none waits."""
         living = ([job for job in jobs if job.alive(now)] for jobs in self._circle)
         self._circle = deque(jobs for jobs in living if jobs)
         batch: list[Item] = []
+        served: set[int] = set()
         while self._circle and len(batch) < self.max_batch:
             key = batch[0][0].key if batch else self._circle[0][0].key
             found = next(((jobs, job) for jobs in self._circle for job in jobs if job.key == key), None)
@@ -252,8 +257,11 @@ class Queue:
             if job.taken == job.count:
                 jobs.remove(job)
             self._circle.remove(jobs)
+            served.discard(id(jobs))
             if jobs:
                 self._circle.append(jobs)
+                served.add(id(jobs))
+        self._served = len(served)
         return batch
 
     def cost_s(self) -> float:
@@ -263,6 +271,7 @@ class Queue:
     def drain(self) -> list[Job]:
         drained = [job for jobs in self._circle for job in jobs]
         self._circle.clear()
+        self._served = 0
         return drained
 
 

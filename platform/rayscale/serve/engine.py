@@ -157,6 +157,8 @@ class Runner(Protocol):
     @property
     def settings(self) -> EngineSettings: ...
     @property
+    def num_engines(self) -> int: ...
+    @property
     def digests(self) -> frozenset[str]: ...
     def session(self, digest: str) -> Known: ...
     def forget(self, digest: str) -> None: ...
@@ -173,6 +175,8 @@ class Runner(Protocol):
 
 class Engine:
     """Sessions and the thread that runs them. `prepare` and `forget` from any thread, `run` from an event loop."""
+
+    num_engines = 1
 
     def __init__(self, settings: EngineSettings, *, load: Load | None = None) -> None:
         self.settings = settings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ Role = Literal["upscale", "restore", "burst", "generate", "embed"]
 """What a model is for; the route of that name takes it."""
 
 _WAITING = 16  # filters and comparisons; more are sent away
+_ERROR = 1.1  # the backlog may take so much longer than estimated: who is let in should not wait in vain
+_HORIZON = 10.0  # in timeouts: beyond it nobody is told when to come back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,30 @@ def role_of(spec: Spec) -> Role:
     return spec.kind
 
 
+class Admission:
+    """Who is let in, and when the others may come back: one after the other, as fast as the engine works.
+
+    Told all the same time, they would meet a backlog again.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._promised_until = 0.0
+        self._lock = threading.Lock()  # codec threads ask as well as the event loop
+
+    def wait_s(self, cost_s: float, backlog_s: float, left_s: float, now: float, num_engines: int = 1) -> float | None:
+        """None: let it in. Else when there is room for it, after those who were sent away before it."""
+        with self._lock:
+            if not backlog_s:
+                self._promised_until = now  # who was to come by now did not
+            if _ERROR * backlog_s + cost_s <= left_s:
+                return None
+            room_s = backlog_s - (self._timeout_s - cost_s) / _ERROR  # it comes back with all of its time
+            wait_s = min(max(room_s, self._promised_until - now, 0.0), _HORIZON * self._timeout_s)
+            self._promised_until = now + wait_s + cost_s / num_engines
+            return wait_s
+
+
 class Gateway:
     """Chooses the model, guards the engine, and follows a routing table."""
 
@@ -72,6 +99,7 @@ class Gateway:
         self._codecs = ThreadPoolExecutor(settings.codec_threads, thread_name_prefix="codec")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._waiting = 0
+        self._admission = Admission(settings.timeout_s)
 
     def close(self) -> None:
         self.engine.close()
@@ -147,11 +175,13 @@ class Gateway:
         """Refuse now what would miss its deadline anyway. Raises: TooLargeError, BusyError."""
         if cost_s > self.settings.timeout_s:
             rule = f"takes about {cost_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
-            raise TooLargeError("request", what, rule, "ask for less, or for a smaller picture")
-        backlog_s, left_s = self.engine.backlog_s(), deadline - time.monotonic()
-        if backlog_s + cost_s > left_s:
+            remedy = "ask for less, or run the model yourself: rayscale upscale IN OUT --model NAME"
+            raise TooLargeError("request", what, rule, remedy)
+        now, backlog_s = time.monotonic(), self.engine.backlog_s()
+        wait_s = self._admission.wait_s(cost_s, backlog_s, deadline - now, now, self.engine.num_engines)
+        if wait_s is not None:
             raise BusyError("engine", f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
-                            "try again later", retry_after_s=backlog_s + cost_s - left_s)  # fmt: skip
+                            "try again later", retry_after_s=wait_s)  # fmt: skip
 
     # threads
 

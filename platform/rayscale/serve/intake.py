@@ -59,8 +59,7 @@ def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline
     header = files.header
     check_output(gateway, header, spec.scale)
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
-    cost_s = gateway.engine.cost_s(release.digest, planned.pixels)
-    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}")
+    admit(gateway, release, planned, deadline)
     if role == "burst":
         found, stack = decode_burst(files, limits)
         return Work(found, planned, spec, Canvas(planned, stack))
@@ -68,6 +67,12 @@ def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline
     if found.bits == 16:
         return Work(found, planned, spec, DeepCanvas(planned, spec, found.rgb, mask))
     return Work(found, planned, spec, Canvas(planned, found.rgb if mask is None else np.dstack([found.rgb, mask])))
+
+
+def admit(gateway: Gateway, release: Release, planned: Plan, deadline: float) -> None:
+    """Raises: as `Gateway.admit`."""
+    cost_s = gateway.engine.cost_s(release.digest, planned.pixels)
+    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}")
 
 
 def check_output(gateway: Gateway, header: Header, scale: int) -> None:

@@ -156,6 +156,10 @@ class RemoteEngine:
         self._known.pop(digest, None)
 
     @property
+    def num_engines(self) -> int:
+        return max(1, self._num_engines)
+
+    @property
     def digests(self) -> frozenset[str]:
         return self._digests.intersection(self._known)
 

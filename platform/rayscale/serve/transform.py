@@ -12,7 +12,7 @@ from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
 from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.gateway import Gateway, Role
-from rayscale.serve.intake import Work, burst, check_output, decode, decode_burst, prepare, single
+from rayscale.serve.intake import Work, admit, burst, check_output, decode, decode_burst, prepare, single
 from rayscale.serve.methods import MASKED, filtered, merged
 from rayscale.serve.rollout import Release
 
@@ -31,6 +31,7 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
     deadline = gateway.deadline()
     work, decode_s = await gateway.codec(prepare, gateway, body, release, role, deadline)
     canvas = work.canvas
+    admit(gateway, release, work.plan, deadline)  # again: others were let in while it was decoded
     if isinstance(canvas, DeepCanvas):
         timing = await deep.run(gateway, canvas, release.digest, work.spec.outputs[0].name, deadline)
     else:
