@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import math
 import os
 import runpy
 import signal
@@ -15,8 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -224,34 +227,65 @@ def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served:
     old, new = served.versions
     served.promote(old)
     served.wait_for(old.digest)
-    pixels = photo(90, 70)
-    seen: list[tuple[int, str, bytes]] = []
+    body = png(photo(90, 70))
+    shots: list[Shot] = []
     stop = threading.Event()
 
-    def load() -> None:  # about 10 requests a second, one after the other
-        with httpx.Client(timeout=30) as client:
-            while not stop.is_set():
-                response = client.post(f"{served.url}/v1/upscale", content=png(pixels))
-                seen.append((response.status_code, response.headers.get("x-rayscale-digest", ""), response.content))
-                stop.wait(0.05)
+    with httpx.Client(timeout=30) as client, ThreadPoolExecutor(32) as pool:
 
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for version in (new, old, new):  # a promotion, a rollback, a promotion
-            served.promote(version)
-            until(lambda digest=version.digest: bool(seen) and seen[-1][1] == digest)  # type: ignore[misc]
-            time.sleep(0.5)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert {status for status, _, _ in seen} == {200}
-    assert len(seen) > 20
-    pictures = {(digest, content) for _, digest, content in seen}
+        def one(due_s: float) -> None:
+            answer = client.post(f"{served.url}/v1/upscale", content=body)
+            digest = answer.headers.get("x-rayscale-digest", "")
+            shots.append(Shot(due_s, time.monotonic(), answer.status_code, digest, answer.content))
+
+        def load() -> list[Future[None]]:
+            """20 requests a second, however long answers take."""
+            asked, due_s = [], time.monotonic()
+            while not stop.wait(max(0.0, due_s - time.monotonic())):
+                asked.append(pool.submit(one, due_s))
+                due_s += 0.05
+            return asked
+
+        load_is_over = pool.submit(load)
+        try:
+            time.sleep(3.0)
+            swaps_s = time.monotonic()
+            for version in (new, old, new):  # a promotion, a rollback, a promotion
+                served.promote(version)
+                until(lambda digest=version.digest: bool(shots) and shots[-1].digest == digest)  # type: ignore[misc]
+                time.sleep(0.5)
+        finally:
+            stop.set()
+        for asked in load_is_over.result():
+            asked.result()  # none was lost on its way
+    assert {shot.status for shot in shots} == {200}
+    pictures = {(shot.digest, shot.content) for shot in shots}
     assert len(pictures) == 2  # one picture per version, whenever it was asked for
     assert {digest for digest, _ in pictures} == {old.digest, new.digest}
+    before = [shot for shot in shots if shot.done_s < swaps_s]
+    during = [shot for shot in shots if shot.done_s >= swaps_s]
+    for name, some in (("before", before), ("during swaps", during)):
+        assert len(some) > 20
+        p99_s, gap_s = latency_and_gap_s(some)
+        print(f"\n{name}: {len(some)} answers, p99 {1e3 * p99_s:.0f} ms, longest gap {1e3 * gap_s:.0f} ms")
+        assert gap_s < 10  # a replica that restarts takes as long; the figures are for people
+
+
+class Shot(NamedTuple):
+    """One answer of an open loop."""
+
+    due_s: float
+    done_s: float
+    status: int
+    digest: str
+    content: bytes
+
+
+def latency_and_gap_s(shots: list[Shot]) -> tuple[float, float]:
+    """The 99th percentile of the seconds since each was due, and the longest time without an answer."""
+    done_s = sorted(shot.done_s for shot in shots)
+    latencies = sorted(shot.done_s - shot.due_s for shot in shots)
+    return latencies[math.ceil(0.99 * len(shots)) - 1], max(b - a for a, b in pairwise(done_s))
 
 
 @pytest.mark.ray
