@@ -229,8 +229,8 @@ def comebacks(share: float, timeout_s: float = 2.0) -> tuple[list[bool], float]:
 def test_who_comes_back_as_told_is_let_in_and_after_half_of_it_many_are_not() -> None:
     again, goodput = comebacks(1.0)
     assert len(again) > 100
-    assert sum(again) >= 0.75 * len(again)  # all of them on an idle machine
-    assert goodput >= 0.8
+    assert sum(again) >= 0.6 * len(again)  # 0.98 on an idle machine; told all the same time: 0.1
+    assert goodput >= 0.75
     early, _ = comebacks(0.5)
     assert sum(early) / len(early) < sum(again) / len(again)
 

@@ -148,8 +148,8 @@ class Job(ABC):
         return (self.count - self.taken) * self.item_s
 
     def alive(self, now: float) -> bool:
-        """Whether anyone still waits for it. A job past its deadline is failed here."""
-        if not self.future.done() and now >= self.deadline:
+        """Whether anyone still waits for it. A job whose next item would end past its deadline is failed here."""
+        if not self.future.done() and now + self.item_s >= self.deadline:
             self.fail(too_late())
         return not self.future.done()
 
