@@ -188,7 +188,7 @@ def test_five_times_too_much_work_costs_no_goodput() -> None:
     good = [answer for answer in answers if answer.status_code == 200]
     capacity = took_s / statistics.mean(device.runs)  # as this machine sleeps
     print(f"\ngoodput {len(good) / capacity:.3f} of capacity; {len(device.runs)} runs, {len(good)} answers")
-    assert len(good) >= 0.85 * capacity  # 0.97 on an idle machine
+    assert len(good) >= 0.85 * capacity  # seen: 0.98, on a busy machine
     told = [check_refusal(answer) for answer in answers if answer.status_code != 200]
     assert len(told) > 2 * len(good)
     assert told.count(0) < len(good)
@@ -229,7 +229,7 @@ def comebacks(share: float, timeout_s: float = 2.0) -> tuple[list[bool], float]:
 def test_who_comes_back_as_told_is_let_in_and_after_half_of_it_many_are_not() -> None:
     again, goodput = comebacks(1.0)
     assert len(again) > 100
-    assert sum(again) >= 0.6 * len(again)  # 0.98 on an idle machine; told all the same time: 0.1
+    assert sum(again) >= 0.6 * len(again)  # seen: 0.76 to 0.98, on a busy machine; told all the same time: 0.1
     assert goodput >= 0.75
     early, _ = comebacks(0.5)
     assert sum(early) / len(early) < sum(again) / len(again)
