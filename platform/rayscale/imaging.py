@@ -95,17 +95,15 @@ def read_header(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> H
     return open_lazily(data, limits, name)[1]
 
 
-def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image", *, allow_lossy: bool = True) -> U8:
+def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> U8:
     """Decode to u8[h, w, 3], upright by its EXIF orientation; gray, palette and CMYK are converted.
 
     Lossy conversions: 16 bits keep the high byte, alpha is laid over white, of an animation or a multi-page file
-    the first picture counts. allow_lossy=False refuses these. Colour profiles are ignored: samples count as sRGB.
+    the first picture counts. Colour profiles are ignored: samples count as sRGB.
 
     Raises: as `read_header`; ImageError for truncated or damaged pixels too.
     """
     picture, header, orientation = open_lazily(data, limits, name)
-    if not allow_lossy:
-        _refuse_lossy(header, name)
     _check_bits(header, name)
     with hostile(name, header.format):
         pixels = np.ascontiguousarray(UPRIGHT[orientation](_to_rgb(picture)))
@@ -253,15 +251,6 @@ UPRIGHT: dict[
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: x[:, ::-1].swapaxes(0, 1),
 }
-
-
-def _refuse_lossy(header: Header, name: str) -> None:
-    if header.bits > 8:
-        raise ImageError(name, f"{header.bits} bits per sample", "8 are kept", "convert it to 8 bits")
-    if header.alpha:
-        raise ImageError(name, f"mode {header.mode} with alpha", "transparency is not kept", "flatten it first")
-    if header.frames > 1:
-        raise ImageError(name, f"{header.frames} frames", "one picture is kept", "send one frame")
 
 
 def _to_rgb(picture: ImageFile) -> U8:

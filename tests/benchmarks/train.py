@@ -5,7 +5,7 @@ python tests/benchmarks/train.py [--rounds 5] [--recipe MODULE:FUNCTION]    # th
 Both sides are clocked alike, from step `SKIP` to the end, in CPU-ms of the process that trains: plain runs the loop on
 batches made before, the worker takes them from Ray Data (whose own processes are another matter: data.py). The sides
 take turns, so that a busy machine is busy for both; `ray_over_plain` is the median of the rounds' ratios. Then images
-a second of every family's `tiny` recipe in the plain loop, one thread, batches made before.
+a CPU second of every family's `tiny` recipe in the plain loop, clocked alike.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Clocked:
 
     task: Any
     out: str
-    shards: int
+    losses: int  # that one step asks for
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "task" not in self.__dict__:  # half unpickled
@@ -61,7 +61,7 @@ class Clocked:
 
     def loss(self, turn: str, nets: Mapping[str, torch.nn.Module], batch: Batch) -> Losses:
         calls = self.__dict__.setdefault("calls", [0])
-        if calls[0] in (SKIP * self.shards, (STEPS - 1) * self.shards):
+        if calls[0] in (SKIP * self.losses, (STEPS - 1) * self.losses):
             with Path(self.out).open("a") as file:
                 file.write(f"{time.process_time()}\n")
         calls[0] += 1
@@ -100,18 +100,18 @@ def batches(photos: Mixture, recipe: Recipe, num_steps: int) -> Iterator[list[Mi
         yield [replace(batch, step=step) for batch in made[step % len(made)]]
 
 
-def train_plain(data: str, recipe: Recipe, run: RunSettings, num_steps: int) -> None:
-    torch.set_num_threads(1)
-    given = list(batches(open_mixture((data,), "train"), recipe, num_steps))
-    fit(recipe.task, run, build_state(recipe.task, run, torch.device("cpu")), iter(given),
-        global_batch=recipe.data.global_batch, shards=recipe.data.virtual_shards, device=torch.device("cpu"),
-        hooks=Silent())  # fmt: skip
-
-
 def plain(data: str, name: str, out: str) -> None:
     recipe = recipes.load(name)
-    task = Clocked(recipe.task, out, recipe.data.virtual_shards)
-    train_plain(data, replace(recipe, task=task), settings(recipe), STEPS)
+    task: Any = Clocked(recipe.task, out, losses_a_step(recipe))
+    run, cpu = settings(recipe), torch.device("cpu")
+    torch.set_num_threads(1)
+    given = list(batches(open_mixture((data,), "train"), recipe, STEPS))
+    fit(task, run, build_state(task, run, cpu), iter(given), global_batch=recipe.data.global_batch,
+        shards=recipe.data.virtual_shards, device=cpu, hooks=Silent())  # fmt: skip
+
+
+def losses_a_step(recipe: Recipe) -> int:
+    return recipe.data.virtual_shards * len(recipe.task.turns)
 
 
 def settings(recipe: Recipe) -> RunSettings:
@@ -125,24 +125,13 @@ def through_ray(data: str, name: str, out: str, storage: str) -> None:
     loaded = recipes.load(name)
 
     def clocked(*_: Any) -> Recipe:
-        task = Clocked(loaded.task, out, loaded.data.virtual_shards)
+        task = Clocked(loaded.task, out, losses_a_step(loaded))
         return replace(loaded, task=task, run=settings(loaded))
 
     job = cli._job(clocked(), cli._identify(name, (), loaded, open_mixture((data,), "train"), Path(out).stem, storage),
                    open_mixture((data,), "train"), cli.Placement(threads=1))  # fmt: skip
     job = replace(job, record=cli._tracked(job.record, job.tracking_uri, "benchmark", loaded, job.photos))
     cli.run_to_end(job)
-
-
-def images_per_s(data: str, name: str, out: str) -> None:
-    recipe = recipes.load(name)
-    steps = max(2, min(64, 512 // recipe.data.global_batch))
-    rates = []
-    for num in (2, 2 + steps):
-        start = time.process_time()
-        train_plain(data, recipe, replace(recipe.run, total_images=num * recipe.data.global_batch), num)
-        rates.append(time.process_time() - start)
-    Path(out).write_text(str(steps * recipe.data.global_batch / (rates[1] - rates[0])))
 
 
 def make_data(root: Path) -> str:
@@ -187,8 +176,9 @@ def main() -> None:
         ray.shutdown()
         rates = {}
         for name in (name for name in discover() if name.endswith(":tiny")):
-            in_a_process(images_per_s, data, name, out := str(root / "rate"))
-            rates[name.removeprefix("rayscale.recipes.").removesuffix(":tiny")] = round(float(Path(out).read_text()), 1)
+            family = name.removeprefix("rayscale.recipes.").removesuffix(":tiny")
+            in_a_process(plain, data, name, out := str(root / f"rate-{family}"))
+            rates[family] = round(recipes.load(name).data.global_batch / cpu_ms_a_step(out) * 1e3, 1)
         result = {
             "ray_over_plain": round(median(r / p for r, p in zip(sides["ray"], sides["plain"], strict=True)), 3),
             "plain_cpu_ms_a_step": round(median(sides["plain"]), 2),
