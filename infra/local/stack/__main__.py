@@ -31,11 +31,16 @@ def main() -> None:
                        ("stop", "stop a part"), ("restart", "stop a part and start it again"),
                        ("kill", "SIGKILL a part and all that it started, as when its machine dies")):  # fmt: skip
         command = commands.add_parser(name, help=text)
-        command.add_argument("parts", nargs="*" if name == "up" else "+", metavar="PART", help="by its name in `status`")
+        command.add_argument(
+            "parts", nargs="*" if name == "up" else "+", metavar="PART", help="by its name in `status`"
+        )
     commands.add_parser("down", help="stop everything; what is stored stays")
     commands.add_parser("status", help="one line for each part; exit code 1 where one is not healthy")
     commands.add_parser("wipe", help="stop everything and delete all that is stored")
-    for name, text in (("backup", "database and bucket into a folder"), ("restore", "them back, into an empty stack")):
+    for name, text in (
+        ("backup", "database and bucket into a folder"),
+        ("restore", "them back, into a wiped stack, and up"),
+    ):
         commands.add_parser(name, help=text).add_argument("folder", type=Path)
     flags = parser.parse_args()
     try:
@@ -103,7 +108,8 @@ class Stack:
             self._up([part for part in group if part in wanted])
         env = self.settings.write_env()
         if not names:
-            print(f"up after {time.monotonic() - began:.0f} s; `. {env}` sets a shell up for it; logs: {self.processes.logs}")
+            print(f"up after {time.monotonic() - began:.0f} s; `. {env}` sets a shell up for it")
+            print(f"  {'logs':10} {self.processes.logs}")
             for name in ("http", "dashboard", "mlflow", "s3", "prometheus"):
                 print(f"  {name:10} {self.settings.url(name)}")
 
@@ -134,7 +140,7 @@ class Stack:
     def end(self, part: Part, kill: bool) -> None:
         if part.command is None:
             raise ConfigError("PART", part.name, "has no process of its own", "choose another part")
-        done = self.processes.kill(part.name) if kill else self.processes.stop(part.name, part.stop)
+        done = self.processes.kill(part.name) if kill else self.processes.stop({part.name: part.stop})
         print(f"{part.name}: {'killed' if kill else 'stopped'}" if done else f"{part.name}: did not run", flush=True)
 
     def status(self) -> int:
@@ -152,11 +158,10 @@ class Stack:
         return int(bad > 0)
 
     def down(self) -> None:
-        """Stop all parts, last first, and whatever they left behind."""
+        """Stop all parts, those that need others first, and whatever they left behind."""
         began = time.monotonic()
-        for part in reversed(self.parts):
-            if part.command is not None:
-                self.processes.stop(part.name, part.stop)
+        for group in reversed(self.groups):
+            self.processes.stop({part.name: part.stop for part in group})
         left = self.processes.stray()
         for process in left:
             process.terminate()
@@ -165,10 +170,7 @@ class Stack:
         print(f"down after {time.monotonic() - began:.0f} s")
 
     def restore(self, folder: Path) -> None:
-        """Database and bucket from a backup, while nothing uses them; then everything up."""
-        for part in reversed(self.parts):
-            if part.name in ("mlflow", "ray-head", "ray-1", "ray-2"):
-                self.processes.stop(part.name, part.stop)
+        """Database and bucket from a backup, before anything uses them; then everything up."""
         self.up([part.name for part in self.groups[0] if part.name != "ray-head"])
         backup.load(self.settings, folder)
         self.up([])

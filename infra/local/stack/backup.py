@@ -1,6 +1,6 @@
 """What must not be lost, out of the stack and back: MLflow's database and the bucket.
 
-The database goes first: a version is registered after its artifact was uploaded, so what the dump names, the bucket has.
+The database goes first: a version is registered after its artifact was uploaded, so the bucket has what the dump names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save(settings: Settings, folder: Path) -> None:
 
 
 def load(settings: Settings, folder: Path) -> None:
-    """Database and bucket as they were. Raises: MissingError, ConflictError (the stack is not empty), IntegrityError."""
+    """Database and bucket as they were. Raises: MissingError, ConflictError (it is not empty), IntegrityError."""
     if not (folder / LIST).exists():
         raise MissingError("restore", folder, "is no whole backup", "take one with `backup`")
     digests = json.loads((folder / LIST).read_text())

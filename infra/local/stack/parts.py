@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import glob
 import json
 import os
 import shutil
@@ -24,8 +23,8 @@ import yaml
 from settings import ACCESS_KEY, BUCKET, DATABASE, ROOT, WORKERS, Settings
 
 PYTHON = sys.executable
-NODE_CPUS = {"ray-head": 2, **dict.fromkeys(WORKERS, 3)}  # logical: they all share this machine
-# An address each, as machines have: Ray takes 127.0.0.1 for the machine's own address, and two nodes of one address for one.
+NODE_CPUS = dict.fromkeys(("ray-head", *WORKERS), 4)  # logical: they all share this machine
+# An address each, as machines have: 127.0.0.1 Ray would replace by an outer one, and take nodes that share one for one.
 NODE_ADDRESS = {name: f"127.0.0.{11 + i}" for i, name in enumerate(NODE_CPUS)}
 ENGINES = 3
 
@@ -60,8 +59,8 @@ def missing() -> list[str]:
 
 def _pg(name: str) -> str:
     """A program of PostgreSQL, which Debian keeps off the path."""
-    newest = sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), key=lambda path: int(path.split("/")[4]))
-    return newest[-1] if newest else shutil.which(name) or ""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+    return str(found[-1]) if found else shutil.which(name) or ""
 
 
 def pg(settings: Settings, name: str, *arguments: str, stdin: Any = None, stdout: Any = subprocess.PIPE) -> Any:
@@ -87,7 +86,7 @@ def s3_client(settings: Settings) -> Any:
 
 def groups(settings: Settings) -> list[list[Part]]:
     """All parts; those of one group need only those of the groups before."""
-    return [_stores(settings) + [_ray(settings, "ray-head")],
+    return [[*_stores(settings), _ray(settings, "ray-head")],
             [_mlflow(settings), *(_ray(settings, name) for name in WORKERS), _prometheus(settings)],
             [_serve(settings)]]  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +12,10 @@ from pathlib import Path
 
 import psutil
 
-MARK = "RAYSCALE_STACK"  # set for every process of a stack, inherited by all that it starts; the value is its state folder
-PATIENCE_S = 30.0
+MARK = (
+    "RAYSCALE_STACK"  # set for every process of a stack, inherited by all that it starts; the value is its state folder
+)
+PATIENCE_S = 20.0
 
 
 class Processes:
@@ -45,16 +46,18 @@ class Processes:
         kept = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
         (self._pids / f"{name}.json").write_text(json.dumps(kept))
 
-    def stop(self, name: str, how: int = signal.SIGTERM) -> bool:
-        """Ask the process of that name to end; what is left of it and its family after a while is killed."""
-        if (process := self.find(name)) is None:
-            return False
-        family = _family(process)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(how)
-        gone_or_killed([process], PATIENCE_S)
-        gone_or_killed(family, 5.0)
-        return True
+    def stop(self, names: Mapping[str, int]) -> list[str]:
+        """Send each name's process its signal, all at once, and wait; what is left of their families is killed.
+
+        Returns those that ran.
+        """
+        families = {name: _family(process) for name in names if (process := self.find(name)) is not None}
+        for name, family in families.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family[0].send_signal(names[name])
+        gone_or_killed([family[0] for family in families.values()], PATIENCE_S)
+        gone_or_killed([process for family in families.values() for process in family[1:]], 5.0)
+        return list(families)
 
     def kill(self, name: str) -> bool:
         """SIGKILL to the process of that name and its whole family at once, as when a machine dies."""

@@ -119,7 +119,9 @@ def _free_ports() -> dict[str, int]:
         ports = range(first, first + len(PORTS))
         if all(_is_free(port) for port in ports):
             return dict(zip(PORTS, ports, strict=True))
-    raise ResourceError("ports", f"{FIRST_PORT}..{LAST_PORT}", f"no {len(PORTS)} in a row are free", "stop what uses them")
+    raise ResourceError(
+        "ports", f"{FIRST_PORT}..{LAST_PORT}", f"no {len(PORTS)} in a row are free", "stop what uses them"
+    )
 
 
 def _is_free(port: int) -> bool:

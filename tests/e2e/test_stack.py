@@ -1,0 +1,451 @@
+"""The production-shaped stack of `infra/local/stack`, from nothing; a model's life on it as jobs; parts of it killed.
+
+In the order of the file, on one stack. RAYSCALE_TEST_STACK names the folder of one that is there already and stays.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from rayscale import artifact
+from rayscale.client import Client
+from rayscale.registry.models import Registry
+
+ROOT = Path(__file__).resolve().parents[2]
+U8 = NDArray[np.uint8]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1500)]
+
+MODEL = "stack-x2"
+IMAGES = 2048  # of a run; a checkpoint every 256
+TRAIN = (
+    "jobs/train.py", "--recipe", "rayscale.recipes.compact:tiny", "--data", "s3://rayscale/packed",
+    "--storage", "s3://rayscale/runs", "--workers", "2", "--min-workers", "1", "--cpus-per-worker", "1.5",
+    "--threads", "1", "--set", f"run.total_images={IMAGES}", "--set", "run.keep_checkpoints=99", "--set", "gate.min_gain_db_over_baseline=-9",
+    "--set", "gate.max_image_loss_db=9", "--set", "gate.also_margin=0.9",
+)  # fmt: skip
+"""A gate that a model of a minute passes; what the real one decides is tested elsewhere."""
+
+
+@dataclass
+class Stack:
+    """A running stack as its users see it, and the figures that the tests found."""
+
+    state: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def do(self, *command: str) -> str:
+        """`python infra/local/stack COMMAND`; what it said. Raises: RuntimeError."""
+        argv = [sys.executable, "infra/local/stack", "--state", str(self.state), *command]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        print(done.stdout + done.stderr, flush=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        return done.stdout
+
+    def learn(self) -> None:
+        """The environment that `env.sh` gives to a shell."""
+        lines = (self.state / "env.sh").read_text().splitlines()
+        given = dict(shlex.split(line)[1].split("=", 1) for line in lines)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY", "AWS", "MLFLOW", "PYTHONPATH"))}
+        self.env = kept | given
+        settings = json.loads((self.state / "settings.json").read_text())
+        self.env["URL"] = f"http://127.0.0.1:{settings['ports']['http']}"
+        self.prometheus = f"http://127.0.0.1:{settings['ports']['prometheus']}"
+
+    def submit(self, *command: str) -> Job:
+        """`ray job submit ... -- python COMMAND`, as the README says."""
+        argv = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".",
+                "--runtime-env", "jobs/runtime_env.yaml", "--", "python", *command]  # fmt: skip
+        return Job(subprocess.Popen(argv, cwd=ROOT, env=self.env, text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT), command)  # fmt: skip
+
+    def result(self, *command: str) -> dict[str, Any]:
+        return self.submit(*command).result()
+
+    @property
+    def s3(self) -> Any:
+        return boto3.client(
+            "s3", endpoint_url=self.env["AWS_ENDPOINT_URL"], aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1",
+        )  # fmt: skip
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.env["MLFLOW_TRACKING_URI"])
+
+    def dashboard(self, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(self.env["RAY_API_SERVER_ADDRESS"] + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.loads(answer.read())
+
+    def nodes_with(self, actor: str) -> set[str]:
+        """Names of the nodes on which actors of that class, or part of a name, live."""
+        nodes = {n["node_id"]: n["node_name"] for n in self.dashboard("/api/v0/nodes")["data"]["result"]["result"]}
+        actors = self.dashboard("/api/v0/actors?limit=1000")["data"]["result"]["result"]
+        return {
+            nodes[a["node_id"]]
+            for a in actors
+            if a["state"] == "ALIVE" and actor in a["class_name"] + (a["name"] or "")
+        }
+
+    def committed(self, run: str) -> int:
+        """Checkpoints of a run so far."""
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket="rayscale", Prefix=f"runs/{run}/")
+        return sum(o["Key"].endswith("/checkpoint.json") for page in pages for o in page.get("Contents", ()))
+
+    def champion(self) -> tuple[int, str]:
+        version = self.registry.resolve(MODEL)
+        return version.version, version.digest
+
+    def served(self, picture: bytes | None = None) -> tuple[str, bytes]:
+        """Digest and bytes of an answer."""
+        with Client(self.env["URL"], timeout_s=60) as client:
+            answer = client.upscale(picture or PICTURES[0], model=MODEL)
+            return str(answer.digest), bytes(answer.data)
+
+    def wait_served(self, digest: str) -> float:
+        began = time.monotonic()
+        until(lambda: self.served()[0] == digest, 120)
+        return time.monotonic() - began
+
+
+class Job:
+    """A submitted job, its output read as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str], command: tuple[str, ...]) -> None:
+        self.process, self.lines, self.began, self.seconds = process, [], time.monotonic(), 0.0
+        self.name = Path(command[0]).stem
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+        self.seconds = time.monotonic() - self.began
+
+    def said(self, text: str) -> bool:
+        assert self.process.poll() is None, "\n".join(self.lines[-40:])
+        return any(text in line for line in self.lines)
+
+    def wait(self) -> int:
+        code = self.process.wait(900)
+        self._reader.join(30)
+        print(f"job {self.name}: exit code {code} after {self.seconds:.0f} s", flush=True)
+        return code
+
+    def result(self) -> dict[str, Any]:
+        """The JSON object on its last line."""
+        assert self.wait() == 0, "\n".join(self.lines[-60:])
+        return dict(json.loads([line for line in self.lines if line.startswith("{")][-1]))
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.25)
+
+
+def png(pixels: U8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures() -> list[bytes]:
+    """Whole ones, and one that is cut into tiles."""
+    rng = np.random.default_rng(5)
+    return [png(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((40, 56), (97, 33), (700, 500))]
+
+
+PICTURES = pictures()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    given = os.environ.get("RAYSCALE_TEST_STACK")
+    state = Path(given or tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    state.chmod(0o755)  # PostgreSQL is not run by root, and must find its folder
+    stack = Stack(state)
+    try:
+        began = time.monotonic()
+        try:
+            stack.do("up")
+        except RuntimeError as error:
+            if "missing" in str(error):
+                pytest.skip(str(error))
+            raise
+        print(f"up from nothing after {time.monotonic() - began:.0f} s")
+        stack.learn()
+        yield stack
+    finally:
+        if not given:
+            stack.do("wipe")
+            shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def photos(stack: Stack, photo_folder: Path) -> None:
+    for photo in sorted(photo_folder.rglob("*.*")):
+        stack.s3.upload_file(str(photo), "rayscale", f"photos/{photo.relative_to(photo_folder)}")
+
+
+@pytest.fixture(scope="module")
+def first(stack: Stack, photos: None) -> dict[str, Any]:
+    """Ingested, trained, published, promoted: what the tests below start from. Its chain is that of all like it."""
+    packed = stack.result("jobs/ingest.py", "s3://rayscale/photos", "s3://rayscale/packed", "--split", "folder")
+    assert (packed["train"], packed["validation"], packed["test"]) == (12, 2, 2)
+    trained = stack.result(*TRAIN, "--name", "first")
+    assert trained["images_seen"] == IMAGES
+    return trained | publish_and_promote(stack, trained["run_uri"])
+
+
+def publish_and_promote(stack: Stack, run_uri: str) -> dict[str, Any]:
+    published = stack.result("jobs/publish.py", run_uri, "--name", MODEL, "--licence", "CC0-1.0")
+    promoted = stack.result("jobs/promote.py", f"{MODEL}:{published['version']}")
+    assert promoted["digest"] == published["digest"]
+    return {"version": published["version"], "digest": published["digest"]}
+
+
+@pytest.fixture(scope="module")
+def second(stack: Stack, first: dict[str, Any]) -> dict[str, Any]:
+    """Another version, published only."""
+    changed = ("--set", "task.optimizer.learning_rate=0.002", "--set", "run.total_images=512")
+    trained = stack.result(*TRAIN, *changed, "--name", "second")
+    return stack.result("jobs/publish.py", trained["run_uri"], "--name", MODEL, "--licence", "CC0-1.0")
+
+
+def run_of(stack: Stack, digest: str, tmp_path: Path, picture: bytes) -> U8:
+    """What the registered artifact makes of a picture, without any of our serving."""
+    import onnxruntime
+
+    version = next(v for v in stack.registry.versions(MODEL) if v.digest == digest)
+    with environment(stack.env):
+        folder = stack.registry.fetch(version, tmp_path)
+    assert artifact.digest_of(folder) == digest
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    x = np.asarray(Image.open(io.BytesIO(picture))).astype(np.float32) / np.float32(255)
+    y = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})[0][0].transpose(1, 2, 0)
+    return np.rint(np.clip(y, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield
+
+
+def test_every_part_is_healthy_and_says_so(stack: Stack) -> None:
+    lines = stack.do("status").splitlines()
+    assert len(lines) == 12
+    assert all(" healthy" in line for line in lines), lines
+    stack.do("up")
+    assert stack.do("status").splitlines() == lines, "the same processes: nothing was started twice"
+
+
+def test_a_models_life_as_jobs(stack: Stack, first: dict[str, Any], second: dict[str, Any], tmp_path: Path) -> None:
+    took = stack.wait_served(first["digest"])
+    print(f"the first champion was served {took:.1f} s after its promotion was looked for")
+    for picture in PICTURES:
+        digest, data = stack.served(picture)
+        assert digest == first["digest"]
+        answer = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(answer, run_of(stack, first["digest"], tmp_path, picture))
+        assert not np.array_equal(answer, run_of(stack, second["digest"], tmp_path, picture)), "it would be seen"
+
+    assert stack.result("jobs/promote.py", f"{MODEL}:{second['version']}")["promoted"]
+    print(f"promotion in serving after {stack.wait_served(second['digest']):.1f} s")
+    stack.result("jobs/models.py", "rollback", MODEL, "--reason", "a drill")
+    print(f"rollback in serving after {stack.wait_served(first['digest']):.1f} s")
+    assert stack.champion() == (first["version"], first["digest"])
+
+
+def test_prometheus_sees_every_node_and_our_own_figures(stack: Stack, first: dict[str, Any]) -> None:
+    stack.wait_served(first["digest"])
+
+    def ask(query: str) -> list[Any]:
+        url = f"{stack.prometheus}/api/v1/query?query={query}"
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return list(json.loads(answer.read())["data"]["result"])
+
+    until(lambda: len([r for r in ask("up") if r["value"][1] == "1"]) >= 4)  # three nodes and HAProxy
+    until(lambda: bool(ask("ray_rayscale_requests_total")))
+    assert ask("rayscale_no_such_metric") == []  # negative control
+
+
+def test_a_node_killed_during_training_costs_no_sample(stack: Stack, first: dict[str, Any]) -> None:
+    job = stack.submit(*TRAIN, "--name", "node-killed")
+    until(lambda: job.said("from image 0") and stack.committed("node-killed") >= 3, 300)
+    lost = min(stack.nodes_with("RayTrainWorker") - {"ray-head"})
+    stack.do("kill", lost)
+    try:
+        assert job.result()["chain"] == first["chain"], "the same samples in the same order"
+    finally:
+        stack.do("up")
+    starts = [line for line in job.lines if "from image" in line]
+    assert len(starts) > 1, "it was a worker's node"
+    assert "from image 0" not in starts[-1], "it went on from a checkpoint"
+    print("\n".join(starts))
+
+
+def test_the_store_away_for_30_s_during_training_costs_no_sample(stack: Stack, first: dict[str, Any]) -> None:
+    job = stack.submit(*TRAIN, "--name", "store-away")
+    until(lambda: job.said("from image 0") and stack.committed("store-away") >= 3, 300)
+    stack.do("kill", "s3-proxy", "s3-account", "s3-container", "s3-object", "memcached")
+    digest, _ = stack.served()
+    assert digest == first["digest"], "serving does not need the store"
+    time.sleep(30)  # the outage, not a wait
+    stack.do("up", "s3-proxy", "s3-account", "s3-container", "s3-object", "memcached")
+    assert job.result()["chain"] == first["chain"]
+    print("\n".join(line for line in job.lines if "from image" in line))
+
+
+def test_the_database_restarted_during_training_costs_no_record(stack: Stack, first: dict[str, Any]) -> None:
+    job = stack.submit(*TRAIN, "--name", "database-restarted")
+    until(lambda: job.said("from image 0") and stack.committed("database-restarted") >= 3, 300)
+    stack.do("restart", "postgres")
+    result = job.result()
+    assert result["chain"] == first["chain"]
+    client = stack.registry.client
+    runs = [client.get_run(found["mlflow_run_id"]) for found in (result, first)]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    steps = [{m.step for m in client.get_metric_history(run.info.run_id, "psnr_y")} for run in runs]
+    assert steps[0] == steps[1] != set(), "every validation is on record"
+    assert stack.champion() == (first["version"], first["digest"])
+
+
+@pytest.mark.parametrize("moment", ["scoring", "recorded"])
+def test_mlflow_killed_during_a_promotion(
+    stack: Stack, first: dict[str, Any], second: dict[str, Any], moment: str
+) -> None:
+    """What is served is a champion that was promised, before, during and after; the same command ends it."""
+    stack.registry.alias(MODEL, "champion", first["version"])
+    stack.wait_served(first["digest"])
+
+    def promotions() -> int:
+        found = stack.registry.client.get_experiment_by_name("promotions")
+        return 0 if found is None else len(stack.registry.client.search_runs([found.experiment_id]))
+
+    before = promotions()
+    job = stack.submit("jobs/promote.py", f"{MODEL}:{second['version']}")
+    until((lambda: job.said("score")) if moment == "scoring" else (lambda: promotions() > before))
+    stack.do("kill", "mlflow")
+    assert stack.served()[0] in (first["digest"], second["digest"])
+    code = job.wait()
+    assert stack.served()[0] in (first["digest"], second["digest"]), "it serves without MLflow"
+    print(f"{moment}: the job's exit code was {code}; its last line: {job.lines[-8:]}")
+    stack.do("up")
+    moved = stack.champion()[1] == second["digest"]
+    assert moved or code != 0, "a promotion that said yes has happened"
+    again = stack.result("jobs/promote.py", f"{MODEL}:{second['version']}")
+    assert again["promoted"] or again.get("already"), again
+    stack.wait_served(second["digest"])
+    assert stack.champion() == (second["version"], second["digest"])
+    stack.result("jobs/models.py", "history", MODEL)
+
+
+def test_a_node_killed_under_load_costs_no_answer(stack: Stack, first: dict[str, Any]) -> None:
+    stack.registry.alias(MODEL, "champion", first["version"])
+    stack.wait_served(first["digest"])
+    wanted = [stack.served(picture) for picture in PICTURES]
+    wrong: list[str] = []
+    answered, slowest_s = [0, 0, 0], [0.0]
+    stop = threading.Event()
+
+    def load(which: int) -> None:
+        with Client(stack.env["URL"], timeout_s=120) as client:
+            while not stop.is_set():
+                began = time.monotonic()
+                try:
+                    answer = client.upscale(PICTURES[which], model=MODEL)
+                    if (answer.digest, answer.data) != wanted[which]:
+                        wrong.append(f"{which}: another answer")
+                except Exception as error:
+                    wrong.append(f"{which}: {error}")
+                slowest_s[0] = max(slowest_s[0], time.monotonic() - began)
+                answered[which] += 1
+                stop.wait(0.2)
+
+    threads = [threading.Thread(target=load, args=(which,)) for which in (0, 1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: min(answered) > 5)
+        stack.do("kill", min(stack.nodes_with("#Engine#") - {"ray-head"}))
+        seen = list(answered)
+        until(lambda: all(now > then + 20 for now, then in zip(answered, seen, strict=True)), 300)
+        stack.do("up")
+        seen = list(answered)
+        until(lambda: all(now > then + 5 for now, then in zip(answered, seen, strict=True)))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    print(f"{sum(answered)} answers, the slowest after {slowest_s[0]:.1f} s, retries included")
+    assert wrong == []
+    stack.do("status")
+
+
+def test_a_backup_restored_into_an_empty_stack_is_the_same_platform(
+    stack: Stack, first: dict[str, Any], tmp_path: Path
+) -> None:
+    digests = [stack.served(picture) for picture in PICTURES]
+    champion, versions = stack.champion(), [(v.version, v.digest, v.aliases) for v in stack.registry.versions(MODEL)]
+    began = time.monotonic()
+    print(stack.do("backup", str(tmp_path / "backup")))
+    saved_s = time.monotonic() - began
+    with pytest.raises(RuntimeError, match="holds data already"):  # nothing is overwritten
+        stack.do("restore", str(tmp_path / "backup"))
+    stack.do("wipe")
+    assert not stack.state.exists()
+    began = time.monotonic()
+    stack.do("restore", str(tmp_path / "backup"))
+    print(f"backup {saved_s:.0f} s, from nothing and the backup to up again {time.monotonic() - began:.0f} s")
+    stack.learn()
+    assert stack.champion() == champion
+    assert [(v.version, v.digest, v.aliases) for v in stack.registry.versions(MODEL)] == versions
+    stack.wait_served(champion[1])
+    assert [stack.served(picture) for picture in PICTURES] == digests
+
+
+def test_down_leaves_nothing(stack: Stack) -> None:
+    stack.do("down")
+    mark = str(stack.state)
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAYSCALE_STACK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process.cmdline())
+        except (psutil.Error, OSError):
+            continue
+    assert left == []
+    lines = subprocess.run([sys.executable, "infra/local/stack", "--state", mark, "status"], cwd=ROOT,
+                           capture_output=True, text=True)  # fmt: skip
+    assert lines.returncode == 1
+    assert lines.stdout.count("does not run") == 11
