@@ -42,7 +42,8 @@ IMAGES = 2048  # of a run; a checkpoint every 256
 TRAIN = (
     "jobs/train.py", "--recipe", "rayscale.recipes.compact:tiny", "--data", "s3://rayscale/packed",
     "--storage", "s3://rayscale/runs", "--workers", "2", "--min-workers", "1", "--cpus-per-worker", "1.5",
-    "--threads", "1", "--set", f"run.total_images={IMAGES}", "--set", "run.keep_checkpoints=99", "--set", "gate.min_gain_db_over_baseline=-9",
+    "--threads", "1", "--set", f"run.total_images={IMAGES}", "--set", "run.keep_checkpoints=99",
+    "--set", "gate.min_gain_db_over_baseline=-9", "--set", "gate.margin_vs_champion=9",
     "--set", "gate.max_image_loss_db=9", "--set", "gate.also_margin=0.9",
 )  # fmt: skip
 """A gate that a model of a minute passes; what the real one decides is tested elsewhere."""
