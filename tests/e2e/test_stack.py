@@ -215,9 +215,23 @@ def photos(stack: Stack, photo_folder: Path) -> None:
         stack.s3.upload_file(str(photo), "rayscale", f"photos/{photo.relative_to(photo_folder)}")
 
 
+def once(stack: Stack, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` made; on a stack that stays, what it made then."""
+    file = stack.state / f"tests/{name}.json"
+    if not file.exists():
+        made = make()
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(made))
+    return dict(json.loads(file.read_text()))
+
+
 @pytest.fixture(scope="module")
 def first(stack: Stack, photos: None) -> dict[str, Any]:
     """Ingested, trained, published, promoted: what the tests below start from. Its chain is that of all like it."""
+    return once(stack, "first", lambda: make_first(stack))
+
+
+def make_first(stack: Stack) -> dict[str, Any]:
     packed = stack.result("jobs/ingest.py", "s3://rayscale/photos", "s3://rayscale/packed", "--split", "folder")
     assert (packed["train"], packed["validation"], packed["test"]) == (12, 2, 2)
     trained = stack.result(*TRAIN, "--name", "first")
@@ -235,6 +249,10 @@ def publish_and_promote(stack: Stack, run_uri: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def second(stack: Stack, first: dict[str, Any]) -> dict[str, Any]:
     """Another version, published only."""
+    return once(stack, "second", lambda: make_second(stack))
+
+
+def make_second(stack: Stack) -> dict[str, Any]:
     changed = ("--set", "task.optimizer.learning_rate=0.002", "--set", "run.total_images=512")
     trained = stack.result(*TRAIN, *changed, "--name", "second")
     return stack.result("jobs/publish.py", trained["run_uri"], "--name", MODEL, "--licence", "CC0-1.0")
