@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,11 +18,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import psutil
 import pytest
@@ -31,13 +29,13 @@ from PIL import Image
 
 from rayscale import artifact
 from rayscale.client import Client
-from rayscale.registry.models import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 U8 = NDArray[np.uint8]
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1500)]
 
-MODEL = "stack-x2"
+user = runpy.run_path(str(ROOT / "tests/stack_user.py"))
+Stack, until, MODEL = user["Stack"], user["until"], user["MODEL"]
 IMAGES = 2048  # of a run; a checkpoint every 256
 TRAIN = (
     "jobs/train.py", "--recipe", "rayscale.recipes.compact:tiny", "--data", "s3://rayscale/packed",
@@ -47,128 +45,6 @@ TRAIN = (
     "--set", "gate.max_image_loss_db=9", "--set", "gate.also_margin=0.9",
 )  # fmt: skip
 """A gate that a model of a minute passes; what the real one decides is tested elsewhere."""
-
-
-@dataclass
-class Stack:
-    """A running stack as its users see it, and the figures that the tests found."""
-
-    state: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def do(self, *command: str) -> str:
-        """`python infra/local/stack COMMAND`; what it said. Raises: RuntimeError."""
-        argv = [sys.executable, "infra/local/stack", "--state", str(self.state), *command]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        print(done.stdout + done.stderr, flush=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        return done.stdout
-
-    def learn(self) -> None:
-        """The environment that `env.sh` gives to a shell."""
-        lines = (self.state / "env.sh").read_text().splitlines()
-        given = dict(shlex.split(line)[1].split("=", 1) for line in lines)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY", "AWS", "MLFLOW", "PYTHONPATH"))}
-        self.env = kept | given
-        settings = json.loads((self.state / "settings.json").read_text())
-        self.env["URL"] = f"http://127.0.0.1:{settings['ports']['http']}"
-        self.prometheus = f"http://127.0.0.1:{settings['ports']['prometheus']}"
-
-    def submit(self, *command: str) -> Job:
-        """`ray job submit ... -- python COMMAND`, as the README says."""
-        argv = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".",
-                "--runtime-env", "jobs/runtime_env.yaml", "--", "python", *command]  # fmt: skip
-        return Job(subprocess.Popen(argv, cwd=ROOT, env=self.env, text=True, stdout=subprocess.PIPE,
-                                    stderr=subprocess.STDOUT), command)  # fmt: skip
-
-    def result(self, *command: str) -> dict[str, Any]:
-        return self.submit(*command).result()
-
-    @property
-    def s3(self) -> Any:
-        return boto3.client(
-            "s3", endpoint_url=self.env["AWS_ENDPOINT_URL"], aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1",
-        )  # fmt: skip
-
-    @property
-    def registry(self) -> Registry:
-        return Registry(self.env["MLFLOW_TRACKING_URI"])
-
-    def dashboard(self, path: str) -> Any:
-        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
-        request = urllib.request.Request(self.env["RAY_API_SERVER_ADDRESS"] + path, headers=headers)
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.loads(answer.read())
-
-    def nodes_with(self, actor: str) -> set[str]:
-        """Names of the nodes on which actors of that class, or part of a name, live."""
-        nodes = {n["node_id"]: n["node_name"] for n in self.dashboard("/api/v0/nodes")["data"]["result"]["result"]}
-        actors = self.dashboard("/api/v0/actors?limit=1000")["data"]["result"]["result"]
-        return {
-            nodes[a["node_id"]]
-            for a in actors
-            if a["state"] == "ALIVE" and actor in a["class_name"] + (a["name"] or "")
-        }
-
-    def committed(self, run: str) -> int:
-        """Checkpoints of a run so far."""
-        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket="rayscale", Prefix=f"runs/{run}/")
-        return sum(o["Key"].endswith("/checkpoint.json") for page in pages for o in page.get("Contents", ()))
-
-    def champion(self) -> tuple[int, str]:
-        version = self.registry.resolve(MODEL)
-        return version.version, version.digest
-
-    def served(self, picture: bytes | None = None) -> tuple[str, bytes]:
-        """Digest and bytes of an answer."""
-        with Client(self.env["URL"], timeout_s=60) as client:
-            answer = client.upscale(picture or PICTURES[0], model=MODEL)
-            return str(answer.digest), bytes(answer.data)
-
-    def wait_served(self, digest: str) -> float:
-        began = time.monotonic()
-        until(lambda: self.served()[0] == digest, 120)
-        return time.monotonic() - began
-
-
-class Job:
-    """A submitted job, its output read as it comes."""
-
-    def __init__(self, process: subprocess.Popen[str], command: tuple[str, ...]) -> None:
-        self.process, self.lines, self.began, self.seconds = process, [], time.monotonic(), 0.0
-        self.name = Path(command[0]).stem
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-        self.seconds = time.monotonic() - self.began
-
-    def said(self, text: str) -> bool:
-        assert self.process.poll() is None, "\n".join(self.lines[-40:])
-        return any(text in line for line in self.lines)
-
-    def wait(self) -> int:
-        code = self.process.wait(900)
-        self._reader.join(30)
-        print(f"job {self.name}: exit code {code} after {self.seconds:.0f} s", flush=True)
-        return code
-
-    def result(self) -> dict[str, Any]:
-        """The JSON object on its last line."""
-        assert self.wait() == 0, "\n".join(self.lines[-60:])
-        return dict(json.loads([line for line in self.lines if line.startswith("{")][-1]))
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.25)
 
 
 def png(pixels: U8) -> bytes:
@@ -289,7 +165,7 @@ def test_every_part_is_healthy_and_says_so(stack: Stack) -> None:
 
 
 def test_a_models_life_as_jobs(stack: Stack, first: dict[str, Any], second: dict[str, Any], tmp_path: Path) -> None:
-    took = stack.wait_served(first["digest"])
+    took = stack.wait_served(first["digest"], PICTURES[0])
     print(f"the first champion was served {took:.1f} s after its promotion was looked for")
     for picture in PICTURES:
         digest, data = stack.served(picture)
@@ -299,14 +175,14 @@ def test_a_models_life_as_jobs(stack: Stack, first: dict[str, Any], second: dict
         assert not np.array_equal(answer, run_of(stack, second["digest"], tmp_path, picture)), "it would be seen"
 
     assert stack.result("jobs/promote.py", f"{MODEL}:{second['version']}")["promoted"]
-    print(f"promotion in serving after {stack.wait_served(second['digest']):.1f} s")
+    print(f"promotion in serving after {stack.wait_served(second['digest'], PICTURES[0]):.1f} s")
     stack.result("jobs/models.py", "rollback", MODEL, "--reason", "a drill")
-    print(f"rollback in serving after {stack.wait_served(first['digest']):.1f} s")
+    print(f"rollback in serving after {stack.wait_served(first['digest'], PICTURES[0]):.1f} s")
     assert stack.champion() == (first["version"], first["digest"])
 
 
 def test_prometheus_sees_every_node_and_our_own_figures(stack: Stack, first: dict[str, Any]) -> None:
-    stack.wait_served(first["digest"])
+    stack.wait_served(first["digest"], PICTURES[0])
 
     def ask(query: str) -> list[Any]:
         url = f"{stack.prometheus}/api/v1/query?query={query}"
@@ -337,7 +213,7 @@ def test_the_store_away_for_30_s_during_training_costs_no_sample(stack: Stack, f
     job = stack.submit(*TRAIN, "--name", "store-away")
     until(lambda: job.said("from image 0") and stack.committed("store-away") >= 3, 300)
     stack.do("kill", "s3-proxy", "s3-account", "s3-container", "s3-object", "memcached")
-    digest, _ = stack.served()
+    digest, _ = stack.served(PICTURES[0])
     assert digest == first["digest"], "serving does not need the store"
     time.sleep(30)  # the outage, not a wait
     stack.do("up", "s3-proxy", "s3-account", "s3-container", "s3-object", "memcached")
@@ -365,7 +241,7 @@ def test_mlflow_killed_during_a_promotion(
 ) -> None:
     """What is served is a champion that was promised, before, during and after; the same command ends it."""
     stack.registry.alias(MODEL, "champion", first["version"])
-    stack.wait_served(first["digest"])
+    stack.wait_served(first["digest"], PICTURES[0])
 
     def promotions() -> int:
         found = stack.registry.client.get_experiment_by_name("promotions")
@@ -375,23 +251,23 @@ def test_mlflow_killed_during_a_promotion(
     job = stack.submit("jobs/promote.py", f"{MODEL}:{second['version']}")
     until((lambda: job.said("score")) if moment == "scoring" else (lambda: promotions() > before))
     stack.do("kill", "mlflow")
-    assert stack.served()[0] in (first["digest"], second["digest"])
+    assert stack.served(PICTURES[0])[0] in (first["digest"], second["digest"])
     code = job.wait()
-    assert stack.served()[0] in (first["digest"], second["digest"]), "it serves without MLflow"
+    assert stack.served(PICTURES[0])[0] in (first["digest"], second["digest"]), "it serves without MLflow"
     print(f"{moment}: the job's exit code was {code}; its last line: {job.lines[-8:]}")
     stack.do("up")
     moved = stack.champion()[1] == second["digest"]
     assert moved or code != 0, "a promotion that said yes has happened"
     again = stack.result("jobs/promote.py", f"{MODEL}:{second['version']}")
     assert again["promoted"] or again.get("already"), again
-    stack.wait_served(second["digest"])
+    stack.wait_served(second["digest"], PICTURES[0])
     assert stack.champion() == (second["version"], second["digest"])
     stack.result("jobs/models.py", "history", MODEL)
 
 
 def test_a_node_killed_under_load_costs_no_answer(stack: Stack, first: dict[str, Any]) -> None:
     stack.registry.alias(MODEL, "champion", first["version"])
-    stack.wait_served(first["digest"])
+    stack.wait_served(first["digest"], PICTURES[0])
     wanted = [stack.served(picture) for picture in PICTURES]
     wrong: list[str] = []
     answered, slowest_s = [0, 0, 0], [0.0]
@@ -449,7 +325,7 @@ def test_a_backup_restored_into_an_empty_stack_is_the_same_platform(
     stack.learn()
     assert stack.champion() == champion
     assert [(v.version, v.digest, v.aliases) for v in stack.registry.versions(MODEL)] == versions
-    stack.wait_served(champion[1])
+    stack.wait_served(champion[1], PICTURES[0])
     assert [stack.served(picture) for picture in PICTURES] == digests
 
 

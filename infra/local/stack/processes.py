@@ -15,7 +15,7 @@ import psutil
 MARK = (
     "RAYSCALE_STACK"  # set for every process of a stack, inherited by all that it starts; the value is its state folder
 )
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 
 
 class Processes:
