@@ -184,14 +184,18 @@ def test_a_models_life_as_jobs(stack: Stack, first: dict[str, Any], second: dict
 def test_prometheus_sees_every_node_and_our_own_figures(stack: Stack, first: dict[str, Any]) -> None:
     stack.wait_served(first["digest"], PICTURES[0])
 
-    def ask(query: str) -> list[Any]:
-        url = f"{stack.prometheus}/api/v1/query?query={query}"
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            return list(json.loads(answer.read())["data"]["result"])
+    def ask(path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{stack.prometheus}/api/v1/{path}", timeout=20) as answer:
+            return dict(json.loads(answer.read())["data"])
 
-    until(lambda: len([r for r in ask("up") if r["value"][1] == "1"]) >= 4)  # three nodes and HAProxy
-    until(lambda: bool(ask("ray_rayscale_requests_total")))
-    assert ask("rayscale_no_such_metric") == []  # negative control
+    def found(query: str) -> list[str]:
+        return [each["value"][1] for each in ask(f"query?query={query}")["result"]]
+
+    until(lambda: found("up").count("1") >= 4)  # three nodes and HAProxy
+    until(lambda: bool(found("ray_rayscale_requests_total")))
+    assert found("ray_rayscale_no_such_metric") == []  # negative control
+    alerts = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
+    assert {"RayscaleErrors", "RayNodeDown"} <= alerts
 
 
 def test_a_node_killed_during_training_costs_no_sample(stack: Stack, first: dict[str, Any]) -> None:
