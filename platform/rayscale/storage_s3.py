@@ -29,6 +29,7 @@ T = TypeVar("T")
 TRIES = 10  # of a whole request, its body included; where boto3 sends it, each with botocore's own three
 BACKOFF_S = 0.2  # before the second try; doubles, up to BACKOFF_MAX_S, with jitter
 BACKOFF_MAX_S = 8.0
+ARROW_ATTEMPTS = 12  # of pyarrow, with pauses that double up to 10 s or so
 GIVE_UP_S = 180.0  # after the first try no other one begins later than this
 
 
@@ -231,9 +232,23 @@ def arrow_filesystem(bucket: str) -> Any:
     region = boto3.session.Session().region_name
     scheme, _, host = endpoint().partition("://")
     if host:
-        return fs.S3FileSystem(region=region or "us-east-1", endpoint_override=host.rstrip("/"), scheme=scheme)
+        return _patient(region=region or "us-east-1", endpoint_override=host.rstrip("/"), scheme=scheme)
     try:
-        return fs.S3FileSystem(region=region or fs.resolve_s3_region(bucket))
+        return _patient(region=region or fs.resolve_s3_region(bucket))
     except OSError as error:
         rule = f"its region is unknown ({error})"
         raise MissingError("bucket", bucket, rule, "check the name, or set AWS_DEFAULT_REGION") from None
+
+
+def _patient(**options: str) -> Any:
+    """A `pyarrow.fs.S3FileSystem` that outlives a store away for a minute; its own three attempts take a second.
+
+    Ray Train sends it to other processes, and pyarrow forgets the attempts on that way.
+    """
+    from pyarrow import fs
+
+    class Patient(fs.S3FileSystem):  # type: ignore[misc]
+        def __reduce__(self) -> Any:
+            return partial(_patient, **options), ()
+
+    return Patient(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ARROW_ATTEMPTS))

@@ -22,6 +22,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 from rayscale import storage_s3
 from rayscale.data.pack import pack
@@ -266,6 +268,28 @@ def test_ray_writes_through_pyarrow_to_the_same_place(s3):
     with pickle.loads(pickle.dumps(filesystem)).open_output_stream(f"{path}/a/checkpoint.json") as stream:
         stream.write(b"{}")
     assert open_store(s3).read("runs/a/checkpoint.json") == b"{}"
+
+
+@pytest.mark.long
+def test_what_ray_writes_waits_for_a_store_that_is_away(moto, s3, monkeypatch):
+    """Ray Train ends a run whose list of checkpoints cannot be written."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    filesystem = pickle.loads(pickle.dumps(ray_filesystem(s3)[0]))
+    usual = fs.S3FileSystem(region="us-east-1", endpoint_override=f"127.0.0.1:{port}", scheme="http")
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):  # negative control
+        usual.get_file_info("photos")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+    back = threading.Timer(5.0, server.start)  # pyarrow's own three attempts take 3 s at most
+    back.start()
+    try:
+        with filesystem.open_output_stream("photos/late") as stream:
+            stream.write(b"kept")
+        assert open_store("s3://photos").read("late") == b"kept"
+    finally:
+        back.join()
+        server.stop()
 
 
 def test_ranged_reads_repeat_what_boto3_sent_with_credentials_that_may_change(s3, monkeypatch):
