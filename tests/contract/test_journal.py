@@ -149,7 +149,8 @@ class Server:
 
     def start(self) -> None:
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(self.command, stdout=quiet, stderr=quiet, start_new_session=True)
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # else it starts a dozen processes
+        self.process = subprocess.Popen(self.command, env=env, stdout=quiet, stderr=quiet, start_new_session=True)
         waited = threading.Event()
         while not self.answers():
             assert self.process.poll() is None, "the server ended"
