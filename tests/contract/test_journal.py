@@ -22,7 +22,7 @@ from rayscale.errors import ConfigError, ConflictError, MissingError, RayscaleEr
 from rayscale.registry import journal
 from rayscale.registry.journal import DONE, EXTERNAL, FORCED, INTENT, PROMOTE, Entry, Journal, chain, gated
 from rayscale.registry.models import Registry, Version
-from rayscale.serve.rollout import read_desired
+from rayscale.serve.rollout import Desired, read_desired
 
 TESTS = Path(__file__).parents[1]
 shared = runpy.run_path(str(TESTS / "interrupted.py"))
@@ -271,25 +271,29 @@ def test_journals_are_no_models(registry: Registry, tmp_path: Path) -> None:
 
 
 def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: Registry) -> None:
+    from rayscale.serve.app import AppArgs, RolloutReplica
+
+    def read(require_gate: bool) -> Desired:
+        """What an application follows."""
+        replica = RolloutReplica.__new__(RolloutReplica)
+        replica._args, replica._registry = AppArgs(tracking_uri=registry.uri, require_gate=require_gate), None
+        return replica._read()
+
     versions = model(registry, "m")
-
-    def passed(name: str, digest: str) -> bool:
-        return gated(registry, name, digest)
-
     registry.alias("m", ALIAS, 1)
-    strict = read_desired(registry, ("*@champion",), passed)
-    assert strict.routes == {}
+    strict = read(True)
+    assert (strict.routes, strict.names) == ({}, {"m"})
     assert "m:1 passed no gate" in strict.refused["m@champion"]
     assert "rayscale promote m:1 --alias champion" in strict.refused["m@champion"]
-    assert read_desired(registry, ("*@champion",)).routes["m@champion"].version == 1  # control: not required
+    assert read(False).routes["m@champion"].version == 1  # control: not required
 
     book = Journal(registry, "m")
     for before, to, decision in ((1, 2, PROMOTE), (2, 3, FORCED), (3, 1, "rollback"), (1, 2, "rollback")):
         book.move(ALIAS, versions[to], before=before, decision=decision)
-        strict = read_desired(registry, ("*@champion",), passed)
+        strict = read(True)
         assert [r.version for r in strict.routes.values()] == ([to] if to != 1 else [])
-        assert strict.names == {"m"}
-    assert not gated(registry, "m", "1" * 64)
+    registry.alias("m", ALIAS, 1)
+    assert list(read(True).refused) == ["m@champion"]
     assert not gated(registry, "other", "2" * 64)
 
 

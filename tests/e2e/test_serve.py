@@ -60,6 +60,7 @@ def test_every_config_is_one_that_serve_takes(path: Path) -> None:
     for application in config.applications:
         assert application.import_path == "rayscale.serve.app:build"
         args = AppArgs.model_validate(application.args)
+        assert args.require_gate == (path.stem == "production")
         named = {d.name for d in application.deployments}
         engines = {EngineDeployment.name} if args.engines.tiers == "two" else set()
         assert named == {GatewayDeployment.name, RolloutDeployment.name, *engines}

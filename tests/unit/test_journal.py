@@ -257,6 +257,7 @@ def test_without_the_journals_check_both_win(store: FakeStore, monkeypatch: pyte
 @settings(max_examples=150, deadline=None)
 @given(script=with_one(TIME))
 @example(LATE)
+@example(LATE[:19] + ["A"] * 4)  # before B, who wins, has written that it is done
 def test_a_promoter_that_is_overtaken_moves_nothing_that_stays(script: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         store = make_store(patch)

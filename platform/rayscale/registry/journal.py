@@ -240,21 +240,20 @@ class Journal:
         if settled is not None and settled.kind == DONE:
             return settled
         if settled is not None and settled.kind == ABANDONED:
-            self._take_back(intent, counted[-1])
+            self._take_back(intent)
         raise self._conflict(intent.alias, counted[-1] if counted else None, "the journal was deleted meanwhile")
 
-    def _take_back(self, intent: Entry, last: Entry) -> None:
+    def _take_back(self, intent: Entry) -> None:
         """We moved the alias after our intent had been given up: another move gives it back to where it was."""
         if intent.decision == TAKEN_BACK:
             return
         where = f"{self.name}@{intent.alias}"
-        # Somebody may have seen our late move, and taken it for a hand's.
-        back = last.before if last.kind == EXTERNAL and last.to == intent.to else last.stands
-        if back == intent.to:
-            return
-        log.warning("%s: our move to %s came too late, %s gets it back", where, intent.to, back or "nobody")
         try:
-            holder = None if back is None else self.registry.resolve(f"{self.name}:{back}")
+            last, _ = self.heal(intent.alias)  # who is moving it now ends first; to the journal our move is a hand's
+            if last is None or last.kind != EXTERNAL or last.to != intent.to:
+                return  # it was moved on
+            log.warning("%s: our move to %s came too late, %s gets it back", where, intent.to, last.before or "nobody")
+            holder = None if last.before is None else self.registry.resolve(f"{self.name}:{last.before}")
             why = f"the move to {intent.to} came after it had been given up"
             self.move(intent.alias, holder, before=intent.to, decision=TAKEN_BACK, why=why)
         except RayscaleError as error:
