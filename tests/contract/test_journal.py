@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from rayscale.cli.models import history, list_models, rollback
+from rayscale.cli.promote import _passed_before
 from rayscale.errors import ConfigError, ConflictError, MissingError, RayscaleError, UnavailableError
 from rayscale.registry import journal
 from rayscale.registry.journal import DONE, EXTERNAL, FORCED, INTENT, PROMOTE, Entry, Journal, chain, gated
@@ -249,6 +250,9 @@ def test_a_hand_is_obeyed_and_told_and_taken_up(registry: Registry) -> None:
     with pytest.raises(ConflictError, match="moved from 2 to 3 by hand"):
         book.move(ALIAS, versions[1], before=2, decision=PROMOTE)
     assert registry.aliases("m") == {ALIAS: 3}
+    rival = _passed_before(registry, versions[3], ALIAS)  # whom `promote m:3` is to hold it against
+    assert rival is not None
+    assert (rival.version, gated(registry, "m", versions[3].digest)) == (2, False)
     told = history("m")
     assert told["moved_by_hand"] == {}
     assert [(m["decision"], m["version"], m["moved"]) for m in told["moves"]] == [
