@@ -63,6 +63,7 @@ def test_every_config_is_one_that_serve_takes(path: Path) -> None:
         named = {d.name for d in application.deployments}
         engines = {EngineDeployment.name} if args.engines.tiers == "two" else set()
         assert named == {GatewayDeployment.name, RolloutDeployment.name, *engines}
+        assert args.require_gate == (path.stem == "production")
         for deployment in application.deployments:  # what is in flight may end
             assert deployment.name == "Rollout" or deployment.graceful_shutdown_timeout_s >= args.timeout_s
 

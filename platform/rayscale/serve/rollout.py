@@ -9,7 +9,7 @@ Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `followe
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -282,9 +282,12 @@ def route_of(model: str) -> str:
     return model if "@" in model else f"{model}@champion"
 
 
-def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
+def read_desired(
+    registry: Registry, models: tuple[str, ...], gated: Callable[[str, str], bool] | None = None
+) -> Desired:
     """Ask the registry. `models`: "name@alias", with `*` in the name for any that has the alias.
 
+    gated: did this digest of this name pass its gate? None: an alias is followed in any case.
     Raises: UnavailableError when it does not answer.
     """
     routes: dict[str, Release] = {}
@@ -302,6 +305,9 @@ def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
                 continue
             except ConfigError as error:  # another tool's version, or a malformed reference
                 refused[route] = str(error)
+                continue
+            if gated is not None and not gated(v.name, v.digest):
+                refused[route] = f"{v} passed no gate, and require_gate is set; `rayscale promote {v} --alias {alias}`"
                 continue
             routes[route] = Release(name=v.name, version=v.version, digest=v.digest, uri=v.uri)
     return Desired(routes=routes, refused=refused, names=frozenset(registered))
