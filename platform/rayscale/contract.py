@@ -106,6 +106,17 @@ class Scores:
         return sum(values) / len(values) if values else float("nan")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs where it was measured, in rounds that it took turns in with what it is compared to."""
+
+    subject: str  # an artifact's digest
+    hardware: str  # execution provider, processor, number of CPUs: figures of unlike ones are never compared
+    ms_per_megapixel: tuple[float, ...]  # a round each: CPU time of all threads; on a GPU wall time
+    memory_mib: float | None  # that its session holds once it ran: weights and working memory; None: not known there
+    schema: int = SCHEMA
+
+
 def to_json(value: Any) -> Any:
     """A frozen dataclass (nested, with tuples and mappings) as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

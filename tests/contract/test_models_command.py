@@ -23,7 +23,7 @@ from rayscale.cli.transfer import export_model, import_model
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, TensorSpec, dumps
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, ParityError, RayscaleError
 from rayscale.registry import foreign, moves
-from rayscale.registry.gate import Gate, Hold, decide
+from rayscale.registry.gate import Contest, Gate, Hold, decide
 from rayscale.registry.journal import PROMOTE, Journal
 from rayscale.registry.models import Registry, Version
 from rayscale.registry.moves import Move
@@ -280,7 +280,8 @@ def constant(weight: float) -> bytes:
 
 SPEC = Spec(kind="transform", inputs=(TensorSpec(name="x", shape=("n", 3, "h", "w")),),
             outputs=(TensorSpec(name="y", shape=("n", 3, "h", "w")),), halo_px=0)  # fmt: skip
-CARD = ModelCard(family="scaled", spec=SPEC, licence="MIT", lineage=Lineage(recipe="recipes:tiny", images_seen=7))
+CARD = ModelCard(family="scaled", spec=SPEC, licence="MIT",
+                 lineage=Lineage(recipe="recipes:tiny", code_version="1", images_seen=7))  # fmt: skip
 
 
 @pytest.fixture
@@ -314,7 +315,8 @@ def report(version: Version) -> Any:
         values = {"psnr_y": (value, value), "ssim_y": (0.9, 0.9)}
         return Scores(subject=subject, suite="s", keys=("a", "b"), metrics=values)
 
-    found = decide(scores(version.digest, 31.0), None, scores("bicubic", 29.5), Gate(), CARD)
+    contest = Contest(candidate=scores(version.digest, 31.0), baseline=scores("bicubic", 29.5))
+    found = decide({"published": contest}, Gate(), CARD)
     assert isinstance(found, Hold)  # this card states no parity
     return found.report
 

@@ -36,11 +36,8 @@ def test_the_page_takes_a_reader_through_all_jobs() -> None:
     assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote", "evaluate", "upscale"]
 
 
-@pytest.mark.parametrize("job", jobs(), ids=lambda job: job[0])
-def test_every_job_command_parses(job: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script is there, and its flags are those of the command behind it."""
-    assert (ROOT / job[0]).exists()
-    name = Path(job[0]).stem
+def parse(name: str, arguments: list[str]) -> None:
+    """The flags are those of the command."""
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(module), function)
     app = typer.Typer()
@@ -48,13 +45,29 @@ def test_every_job_command_parses(job: list[str], monkeypatch: pytest.MonkeyPatc
 
     @app.command()
     @functools.wraps(command)
-    def parse(**kwargs: Any) -> None:
+    def parsed(**kwargs: Any) -> None:
         seen.update(kwargs)
 
-    result = CliRunner().invoke(app, job[1:])
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert seen
-    assert CliRunner().invoke(app, [*job[1:], "--no-such-flag"]).exit_code == 2  # negative control
+    assert CliRunner().invoke(app, [*arguments, "--no-such-flag"]).exit_code == 2  # negative control
+
+
+@pytest.mark.parametrize("job", jobs(), ids=lambda job: job[0])
+def test_every_job_command_parses(job: list[str]) -> None:
+    """The script is there, and its flags are those of the command behind it."""
+    assert (ROOT / job[0]).exists()
+    parse(Path(job[0]).stem, job[1:])
+
+
+def test_every_command_about_models_parses() -> None:
+    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    given = [words[1:] for words in lines if words[:2] == ["rayscale", "models"]]
+    assert len(given) > 5
+    for words in given:
+        if words[1] != "list":  # takes nothing
+            parse(" ".join(words[:2]), words[2:])
 
 
 def test_the_python_block_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +78,17 @@ def test_the_python_block_is_a_recipe(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "readme_recipes.py").write_text(next(block for block in blocks("python") if "def mine" in block))
     recipe = recipes.load("readme_recipes:mine")
     assert recipe.task.features == 128  # type: ignore[attr-defined]
+
+
+def test_the_gate_named_is_valid(tmp_path: Path) -> None:
+    from rayscale.cli.judge import gate_of
+    from rayscale.registry.models import Version
+
+    (text,) = blocks("yaml")
+    (tmp_path / "gate.yaml").write_text(text)
+    version = Version(name="m", version=1, digest="", uri="", run_id="")
+    gate, _ = gate_of(version, str(tmp_path / "gate.yaml"))
+    assert gate.suites == ("published", "night")
 
 
 def test_the_trees_paths_are_there() -> None:

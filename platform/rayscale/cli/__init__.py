@@ -33,6 +33,8 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
     "evaluate": "rayscale.cli.evaluate:evaluate",
     "models list": "rayscale.cli.models:list_models",
     "models show": "rayscale.cli.models:show",
+    "models compare": "rayscale.cli.compare:compare",
+    "models promote": "rayscale.cli.promote:promote",
     "models history": "rayscale.cli.models:history",
     "models rollback": "rayscale.cli.models:rollback",
     "models import": "rayscale.cli.transfer:import_model",
@@ -45,7 +47,7 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
 
 GROUPS = {
     "data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it.",
-    "models": "What is in the registry: look at it, bring networks in, take them out, move an alias back.",
+    "models": "What is in the registry: look at it, compare, bring networks in, take them out, move an alias and back.",
 }
 
 

@@ -16,7 +16,7 @@ from rayscale.errors import ConfigError, MissingError, RayscaleError
 from rayscale.evaluate import METRICS
 from rayscale.observe import log
 from rayscale.registry import moves
-from rayscale.registry.gate import Gate, Report, markdown
+from rayscale.registry.gate import Gate, Report, default_for, markdown
 from rayscale.registry.journal import EXTERNAL, FORCED, PROMOTE, ROLLBACK, Journal
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.registry.moves import Move
@@ -245,7 +245,10 @@ def _card_facts(card: ModelCard) -> dict[str, str]:
 
 def _score(version: Version) -> tuple[str, float | None, float | None]:
     """The metric that decides, its mean over the held-out photos, and the baseline's; None where not scored."""
-    gate = contract.loads(Gate, version.tags["gate"], f"gate of {version}") if "gate" in version.tags else Gate()
+    if "gate" in version.tags:
+        gate = contract.loads(Gate, version.tags["gate"], f"gate of {version}")
+    else:
+        gate = default_for(version.tags.get("kind", "transform"))  # type: ignore[arg-type]
     found = [version.tags.get(f"{prefix}{gate.metric}") for prefix in ("", "baseline_")]
     score, baseline = (None if text is None else float(text) for text in found)
     return gate.metric, score, baseline

@@ -18,7 +18,7 @@ from rayscale.errors import ConfigError, ConflictError, IntegrityError, Rayscale
 from rayscale.evaluate import Suite
 from rayscale.observe import log
 from rayscale.registry import foreign
-from rayscale.registry.gate import Gate
+from rayscale.registry.gate import default_for
 from rayscale.registry.models import Registry
 from rayscale.storage import TEMPORARY, check_free, home, open_store, os_errors
 from rayscale.tracking import default_uri
@@ -62,7 +62,7 @@ def import_model(
     model = _read(file)
     judged = contract.loads(Suite, _read(suite), suite) if suite else None
     check_disks(default_uri(), home(), model_bytes=2 * len(model))
-    found = _declared(model, card) if card else _measured(model, file, licence.strip(), halo, untiled.strip())
+    found = _declared(model, file, card) if card else _measured(model, file, licence.strip(), halo, untiled.strip())
     spec = found.spec
     tiling = f"not tiled: {spec.halo_why_none}" if spec.halo_px is None else f"halo {spec.halo_px} px"
     log.info("%s: %s x%d, sides in steps of %d px, %s", file, spec.kind, spec.scale, spec.align, tiling)
@@ -119,18 +119,23 @@ def _measured(model: bytes, file: str, licence: str, halo: int | None, untiled: 
     return ModelCard(family="imported", spec=spec, licence=licence, lineage=lineage, parity_max_abs=parity)
 
 
-def _declared(model: bytes, card: str) -> ModelCard:
+def _declared(model: bytes, file: str, card: str) -> ModelCard:
     found = contract.loads(ModelCard, _read(card), card)
     foreign.checked(model, found.spec)
     if not found.licence.strip():
         raise ConfigError("card.licence", found.licence, "must not be empty", "state it in the card")
-    return dataclasses.replace(found, licence=found.licence.strip())
+    lineage = found.lineage
+    if not lineage.recipe:
+        lineage = dataclasses.replace(lineage, recipe=f"imported {Path(file).name}")
+    lineage = dataclasses.replace(lineage, code_version=lineage.code_version or contract.code_version())
+    parity = foreign.parity(model, found.spec) if found.parity_max_abs is None else found.parity_max_abs
+    return dataclasses.replace(found, licence=found.licence.strip(), lineage=lineage, parity_max_abs=parity)
 
 
 def _judged_by(registry: Registry, name: str, card: ModelCard, suite: Suite | None) -> dict[str, str]:
     """Tags for `promote`: the suite that was given, or suite and gate of the newest version that does the same."""
     if suite is not None:
-        return {"suite": dumps(suite), "suite_digest": suite.digest, "gate": dumps(Gate())}
+        return {"suite": dumps(suite), "suite_digest": suite.digest, "gate": dumps(default_for(card.spec.kind))}
     wanted = {"kind": card.spec.kind, "scale": str(card.spec.scale)}
     for version in registry.versions(name) if name in registry.names() else ():
         if "suite" in version.tags and wanted.items() <= version.tags.items():

@@ -67,14 +67,14 @@ def parity(model: bytes, spec: Spec) -> float | None:
     from onnx.reference import ReferenceEvaluator
 
     card = ModelCard(family="", spec=spec, licence="")
-    probe = _probe(card, about_px=16)
+    given = probe(card, about_px=16)
     try:
         named = [t.name for t in spec.outputs]
-        reference = dict(zip(named, ReferenceEvaluator(model).run(named, probe), strict=True))
+        reference = dict(zip(named, ReferenceEvaluator(model).run(named, given), strict=True))
     except Exception as error:  # an operator that it does not know; it raises anything
         log.warning("ONNX's reference implementation cannot run it, the gate will miss its parity: %s", error)
         return None
-    made = artifact.open_model(model, card).run(probe)
+    made = artifact.open_model(model, card).run(given)
     return max(float(np.abs(made[name] - reference[name]).max()) for name in named)
 
 
@@ -88,22 +88,23 @@ def checked(model: bytes, spec: Spec) -> None:
 
 def write(folder: Path, model: bytes, card: ModelCard) -> str:
     """The artifact, its golden probe noise; its digest. Raises: as `artifact.write`."""
-    return artifact.write(folder, model, card, _probe(card, about_px=_SIDE_PX))
+    return artifact.write(folder, model, card, probe(card, about_px=_SIDE_PX))
 
 
-def _probe(card: ModelCard, about_px: int) -> dict[str, F32]:
-    """Noise over the whole range of each input, one sample, the sides of pictures about so long and unlike."""
-    about = {"n": 1, "h": about_px + 8, "w": about_px}
+def probe(card: ModelCard, about_px: int, batch: int = 1) -> dict[str, F32]:
+    """Noise over the whole range of each input, `batch` samples where it may be chosen, the sides of pictures about
+    so long and unlike."""
+    about = {"n": batch, "h": about_px + 8, "w": about_px}
     rng = np.random.default_rng(0)
-    probe = {}
+    found = {}
     for tensor in card.spec.inputs:
         shape = []
         for position, axis in enumerate(tensor.shape):
             factor, name = axis_of(axis)
             step = math.lcm(factor, side_multiple(card, tensor, position))
             shape.append(-(-about.get(name, 2) // step) * step if name else factor)
-        probe[tensor.name] = (tensor.low + (tensor.high - tensor.low) * rng.random(shape)).astype(np.float32)
-    return probe
+        found[tensor.name] = (tensor.low + (tensor.high - tensor.low) * rng.random(shape)).astype(np.float32)
+    return found
 
 
 # --- the boundary -----------------------------------------------------------------------------------------------
