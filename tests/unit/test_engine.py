@@ -290,7 +290,7 @@ def test_a_poison_tile_fails_its_own_request_only(start: Callable[..., Engine]) 
     results = asyncio.run(main())
     assert [type(r) for r in results] == [Timing, Timing, ValueError, Timing]
     assert [2, POISON, 3] in session.runs  # they did share a batch
-    assert engine.outcomes() == {"fake": (3, 1)}
+    assert engine.outcomes()["fake"][:2] == (3, 1)
 
 
 def test_the_event_loop_stays_free_and_time_is_told(start: Callable[..., Engine]) -> None:

@@ -15,12 +15,12 @@ from rayscale import contract, storage
 from rayscale.artifact import Device
 from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
 from rayscale.serve import follower as follower_module
-from rayscale.serve import rollout as rollout_module
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
 from rayscale.serve.remote import Chunk, RemoteEngine, Reply
-from rayscale.serve.rollout import Desired, Orders, Release, Report, Rollout, Table, read_desired, read_table
+from rayscale.serve.rollout import Desired, Orders, Report, Rollout, read_desired
+from rayscale.serve.table import Release, Table, draw, read_table, write_table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 
@@ -284,7 +284,7 @@ def test_the_table_survives_a_restart(tmp_path: Path) -> None:
     store = storage.open_store(tmp_path / "state")
     assert read_table(store, "table.json") == Table()
     table = serving_one().table
-    rollout_module.write_table(store, "table.json", table)
+    write_table(store, "table.json", table)
     assert read_table(store, "table.json") == table
     newer = contract.dumps(table).replace('"schema": 1', '"schema": 2')
     store.write("table.json", newer.encode())

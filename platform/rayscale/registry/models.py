@@ -153,6 +153,12 @@ class Registry:
         with answering(self.uri):
             return {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
 
+    def standing(self) -> dict[str, dict[str, int]]:
+        """Of all registered models, by name, their aliases and the versions that these point at."""
+        with answering(self.uri):
+            found = sorted(pages(self.client.search_registered_models), key=lambda model: str(model.name))
+        return {str(model.name): {k: int(v) for k, v in model.aliases.items()} for model in found}
+
     def names(self) -> tuple[str, ...]:
         """All registered models, by name."""
         with answering(self.uri):

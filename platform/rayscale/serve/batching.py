@@ -91,6 +91,7 @@ class Outcome(NamedTuple):
 
     ok: int = 0
     failed: int = 0
+    log_s: float = 0.0  # sum over the ok ones: log of their device seconds per unit
 
 
 class Timing(NamedTuple):

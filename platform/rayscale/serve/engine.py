@@ -8,6 +8,7 @@ No HTTP and no Ray: an engine lives in a gateway's process as well as behind a h
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -217,7 +218,8 @@ class Engine:
 
     def _count(self, job: Job, *, ok: bool) -> None:
         done = self._outcomes.get(digest := job.model.session.digest, Outcome())
-        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok))
+        log_s = math.log(max(job.run_s, 1e-9) / (job.count * job.item_units)) if ok else 0.0
+        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok), done.log_s + log_s)
 
     def session(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared here."""
