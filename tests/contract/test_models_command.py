@@ -24,6 +24,7 @@ from rayscale.contract import Lineage, ModelCard, Scores, Spec, TensorSpec, dump
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, ParityError, RayscaleError
 from rayscale.registry import foreign, moves
 from rayscale.registry.gate import Gate, Hold, decide
+from rayscale.registry.journal import PROMOTE, Journal
 from rayscale.registry.models import Registry, Version
 from rayscale.registry.moves import Move
 from rayscale.serve.batching import Model, TileJob, execute
@@ -298,14 +299,13 @@ def promoted(registry: Registry, number: int, *, held: bool = False) -> None:
     """What `promote` leaves, without the photos."""
     version = registry.resolve(f"m:{number}")
     before = registry.aliases("m").get("champion")
-    verdict = moves.HOLD if held else moves.PROMOTE
+    verdict = moves.HOLD if held else PROMOTE
     tags = moves.tags("m", number, version.digest, "champion", verdict, before)
     tracker = Tracker.start(moves.EXPERIMENT, f"{version} -> champion", tags=tags, uri=registry.uri)
     tracker.text(dumps(report(version)), "report.json")
     tracker.picture(np.zeros((4, 4, 3), np.uint8), "samples.png")
     if not held:
-        moves.move(registry, version, "champion", before)
-        tracker.tags({"moved": "yes"})
+        Journal(registry, "m").move("champion", version, before=before, decision=PROMOTE, run_id=tracker.run_id)
     tracker.finish()
 
 

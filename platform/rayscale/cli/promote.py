@@ -18,6 +18,7 @@ from rayscale.evaluate import Suite, compare, score_baseline, session_model, sho
 from rayscale.observe import log
 from rayscale.registry import moves
 from rayscale.registry.gate import Gate, Hold, Promote, decide, markdown
+from rayscale.registry.journal import GATED, PROMOTE, Journal, gated
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.storage import home
 from rayscale.tracking import Tracker, default_uri
@@ -33,7 +34,8 @@ def promote(
     """Score a version anew beside the present holder of the alias, and move the alias if the gate lets it pass.
 
     The gate is that of the version's recipe. The report is an MLflow run in the experiment `promotions`.
-    Held back: exit code 3, with every rule that failed. An alias that is there already is left, with exit code 0.
+    Held back: exit code 3, with every rule that failed. An alias that is there already is left, with exit code 0; if it
+    was put there by hand, the version is held against the one that passed the gate before.
     """
     check_alias(alias)
     where = device_of(device)
@@ -45,8 +47,10 @@ def promote(
     result = {"model": candidate.name, "version": candidate.version, "digest": candidate.digest, "alias": alias,
               "before": holder}  # fmt: skip
     if champion is not None and champion.digest == candidate.digest:
-        log.info("%s is what %s points at already", candidate, alias)
-        return {**result, "promoted": False, "already": True}
+        if gated(registry, candidate.name, candidate.digest):
+            log.info("%s is what %s points at already", candidate, alias)
+            return {**result, "promoted": False, "already": True}
+        champion = _passed_before(registry, candidate, alias)
 
     suite, gate = _suite(candidate, photos), _gate(candidate)
     scored = {"candidate": _score(registry, candidate, suite, where)}
@@ -62,7 +66,7 @@ def promote(
         run_id = tracker.run_id
         try:
             if isinstance(decision, Promote):
-                moves.move(registry, candidate, alias, holder)
+                Journal(registry, candidate.name).move(alias, candidate, before=holder, decision=PROMOTE, run_id=run_id)
                 tracker.tags({"moved": "yes"})
         except BaseException:
             tracker.finish("FAILED")
@@ -81,6 +85,14 @@ def _candidate(registry: Registry, model: str) -> Version:
     if found := registry.versions(model):
         return found[0]
     raise MissingError("version", model, "the model has none", "publish one first")
+
+
+def _passed_before(registry: Registry, candidate: Version, alias: str) -> Version | None:
+    """The last other version that the gate let hold this alias."""
+    passed = [m for m in moves.read(registry, candidate.name) if m.alias == alias and m.moved and m.decision in GATED]
+    there = {version.version: version for version in registry.versions(candidate.name)}
+    found = [there[m.version] for m in reversed(passed) if m.version in there and m.digest != candidate.digest]
+    return found[0] if found else None
 
 
 def _suite(candidate: Version, photos: str) -> Suite:
@@ -121,7 +133,7 @@ def _record(
     """Write the report down before anything moves. Returns its run, open."""
     names = [name for name in ("champion", "candidate") if name in scored]
     picture = show({name: session_model(scored[name].session) for name in names}, suite)
-    verdict = moves.HOLD if isinstance(decision, Hold) else moves.PROMOTE
+    verdict = moves.HOLD if isinstance(decision, Hold) else PROMOTE
     tags = moves.tags(candidate.name, candidate.version, candidate.digest, alias, verdict, before)
     tracker = Tracker.start(moves.EXPERIMENT, f"{candidate} -> {alias}", tags=tags, uri=registry.uri)
     for name, one in scores.items():

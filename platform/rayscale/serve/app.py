@@ -63,6 +63,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
 
     models: tuple[str, ...] = pydantic.Field(("*@champion",), min_length=1)
     """What is served: "name@alias", with `*` in the name for all that have the alias."""
+    require_gate: bool = False  # follow an alias only to what passed its gate, or was forced through it
     default_model: str = ""  # "name[@alias]" for requests without one; "": the only one there is
     tracking_uri: str = ""  # MLflow; "": MLFLOW_TRACKING_URI, or the embedded one under RAYSCALE_HOME
     state_uri: str = ""  # where the routing table is kept; "": under RAYSCALE_HOME (one node only)
@@ -179,10 +180,12 @@ class RolloutReplica:
             self._away = ""
 
     def _read(self) -> Desired:
-        from rayscale.registry.models import Registry  # imports MLflow
+        from rayscale.registry import journal  # imports MLflow
+        from rayscale.registry.models import Registry
 
         self._registry = self._registry or Registry(self._args.tracking_uri or None)
-        return rollout.read_desired(self._registry, self._args.models)
+        gated = functools.partial(journal.gated, self._registry) if self._args.require_gate else None
+        return rollout.read_desired(self._registry, self._args.models, gated)
 
     def _tell(self, ending: Ending) -> None:
         """Write into the registry what ended here."""

@@ -10,7 +10,7 @@ Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `followe
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -325,13 +325,31 @@ class Rollout:
 # --- the registry -----------------------------------------------------------------------------------------------
 
 
-def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
+def read_desired(
+    registry: Registry, models: tuple[str, ...], gated: Callable[[str, str], bool] | None = None
+) -> Desired:
     """Ask the registry. `models`: "name@alias", with `*` in the name for any that has the alias.
 
+    gated: did this digest of this name pass its gate? None: an alias is followed in any case.
     Raises: UnavailableError when it does not answer.
     """
-    routes: dict[str, Release] = {}
     refused: dict[str, str] = {}
+
+    def resolved(reference: str, gate: str) -> Version | None:
+        try:
+            version = registry.resolve(reference)
+        except MissingError:
+            return None
+        except ConfigError as error:  # another tool's version, or a malformed reference
+            refused[reference] = str(error)
+            return None
+        if gated is not None and not gated(version.name, version.digest):
+            remedy = f"`rayscale promote {version} --alias {gate}`"
+            refused[reference] = f"{version} passed no gate, and require_gate is set; {remedy}"
+            return None
+        return version
+
+    routes: dict[str, Release] = {}
     canaries: dict[str, Canary] = {}
     over: list[Ending] = []
     standing = registry.standing()
@@ -339,22 +357,16 @@ def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
         name_pattern, _, alias = route_of(pattern).partition("@")
         is_pattern = any(c in name_pattern for c in "*?[")
         for name in fnmatch.filter(standing, name_pattern) if is_pattern else [name_pattern]:
-            route = f"{name}@{alias}"
-            try:
-                routes[route] = _release(registry.resolve(route))
-            except MissingError:
+            route, beside = f"{name}@{alias}", f"{name}@{alias_of(alias)}"
+            if (champion := resolved(route, alias)) is None:
                 continue
-            except ConfigError as error:  # another tool's version, or a malformed reference
-                refused[route] = str(error)
-                continue
-            if (beside := alias_of(alias)) not in standing.get(name, {}):
+            routes[route] = _release(champion)
+            if alias_of(alias) not in standing.get(name, {}) or not (version := resolved(beside, "challenger")):
                 continue
             try:
-                found = _canary(route, routes[route], registry.resolve(f"{name}@{beside}"))
-            except MissingError:
-                continue
+                found = _canary(route, champion, version)
             except ConfigError as error:
-                refused[f"{name}@{beside}"] = str(error)
+                refused[beside] = str(error)
                 continue
             if isinstance(found, Ending):
                 over.append(found)
@@ -368,7 +380,7 @@ def _release(version: Version) -> Release:
     return Release(name=version.name, version=version.version, digest=version.digest, uri=version.uri)
 
 
-def _canary(route: str, champion: Release, version: Version) -> Canary | Ending:
+def _canary(route: str, champion: Version, version: Version) -> Canary | Ending:
     """What the registry says of a canary. Raises: ConfigError where it says nothing that can be followed."""
     asked = read_share(version, route.partition("@")[2])
     if why := asked.over(champion.version, version.version):
