@@ -191,7 +191,7 @@ class Journal:
         check_alias(alias)
         last, stands = self.heal(alias)
         if stands != before:
-            raise self._conflict(alias, last, f"moved from {before} to {stands} meanwhile")
+            raise self._conflict(alias, last or self.last(alias), f"it was moved from {before} to {stands} by hand")
         began = time.monotonic()
         intent = Entry(
             kind=INTENT,
@@ -240,17 +240,21 @@ class Journal:
         if settled is not None and settled.kind == DONE:
             return settled
         if settled is not None and settled.kind == ABANDONED:
-            self._take_back(intent, counted[-1].stands)
+            self._take_back(intent, counted[-1])
         raise self._conflict(intent.alias, counted[-1] if counted else None, "the journal was deleted meanwhile")
 
-    def _take_back(self, intent: Entry, journal_says: int | None) -> None:
+    def _take_back(self, intent: Entry, last: Entry) -> None:
         """We moved the alias after our intent had been given up: another move gives it back to where it was."""
-        where = f"{self.name}@{intent.alias}"
-        log.warning("%s: our move to %s came too late, %s is to get it back", where, intent.to, journal_says)
-        if intent.decision == TAKEN_BACK or journal_says == intent.to:
+        if intent.decision == TAKEN_BACK:
             return
+        where = f"{self.name}@{intent.alias}"
+        # Somebody may have seen our late move, and taken it for a hand's.
+        back = last.before if last.kind == EXTERNAL and last.to == intent.to else last.stands
+        if back == intent.to:
+            return
+        log.warning("%s: our move to %s came too late, %s gets it back", where, intent.to, back or "nobody")
         try:
-            holder = None if journal_says is None else self.registry.resolve(f"{self.name}:{journal_says}")
+            holder = None if back is None else self.registry.resolve(f"{self.name}:{back}")
             why = f"the move to {intent.to} came after it had been given up"
             self.move(intent.alias, holder, before=intent.to, decision=TAKEN_BACK, why=why)
         except RayscaleError as error:

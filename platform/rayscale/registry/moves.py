@@ -18,6 +18,7 @@ from rayscale.tracking import answering
 
 EXPERIMENT = "promotions"
 HOLD = "hold"
+UNFINISHED = "unfinished: the next promotion or rollback writes down how far it came"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Move:
     who: str = ""
     reason: str = ""
     run_id: str = ""
-    why_not: str = ""  # why it did not move: unfinished, ...; "": see the decision
+    why_not: str = ""  # why it did not move, where the decision does not say it
 
 
 def read(registry: Registry, name: str) -> tuple[Move, ...]:
@@ -64,8 +65,8 @@ def _journalled(entries: Sequence[Entry]) -> Iterator[Move]:
         if entry.number in numbers and entry.kind == EXTERNAL:
             yield _told(entry, EXTERNAL, moved=True)
         elif entry.kind == INTENT and entry.number in numbers:
-            came = settled.get(entry.id, "unfinished")
-            why_not = {DONE: "", EXTERNAL: "it was moved by hand"}.get(came, came)
+            came = settled.get(entry.id)
+            why_not = {DONE: "", EXTERNAL: "it was moved by hand", None: UNFINISHED}.get(came, str(came))
             yield _told(entry, entry.decision, moved=came == DONE, why_not=why_not)
         elif entry.kind == INTENT and entry.id not in counted:  # else it was sent twice
             yield _told(entry, entry.decision, why_not="another one won")
@@ -129,7 +130,7 @@ def unrecorded(moves: Sequence[Move], aliases: dict[str, int]) -> dict[str, int 
     for alias in sorted({*aliases, *(move.alias for move in moves)}):
         now, mine = aliases.get(alias), [move for move in moves if move.alias == alias]
         known = next((move.version for move in reversed(mine) if move.moved), None)
-        if now != known and not any(move.why_not == "unfinished" and move.version == now for move in mine):
+        if now != known and not any(move.why_not == UNFINISHED and move.version == now for move in mine):
             found[alias] = now
     return found
 
