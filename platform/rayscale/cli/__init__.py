@@ -46,7 +46,7 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
 
 GROUPS = {
     "data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it.",
-    "models": "What is in the registry: look at it, bring networks in, take them out, move an alias back, try a version out.",
+    "models": "What is in the registry: look at it, take networks in and out, try a version out, move an alias back.",
 }
 
 

@@ -9,7 +9,7 @@ import typer
 from rayscale import artifact
 from rayscale.errors import ConfigError, MissingError
 from rayscale.observe import log
-from rayscale.registry.canary import STOPPED, alias_of, end, start
+from rayscale.registry.canary import STOPPED, alias_of, check_weight, end, start
 from rayscale.registry.models import CHAMPION, Registry, check_alias
 from rayscale.storage import home
 
@@ -38,9 +38,8 @@ def canary(
     name = model.partition(":")[0]
     if stop or weight == 0:
         return _stop(registry, name, model, alias, reason)
-    if weight is None or not 0 < weight < 100:
-        raise ConfigError("--weight", weight, "must be more than 0 and less than 100 percent",
-                          f"all of the requests: `rayscale promote {model} --alias {alias}`")  # fmt: skip
+    assert weight is not None
+    check_weight(weight)
     if ":" not in model:
         raise ConfigError("model", model, "must name a version", f"e.g. {name}:2")
     version = registry.resolve(model)

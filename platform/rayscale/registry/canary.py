@@ -54,7 +54,16 @@ def read_share(version: Version, alias: str) -> Share:
     if (text := version.tags.get(_tag(alias))) is None:
         rule = "was set by hand: how large its share is to be, nothing says"
         raise ConfigError("alias", f"{version.name}@{alias_of(alias)}", rule, "start it with `rayscale models canary`")
-    return contract.loads(Share, text, f"tag {_tag(alias)} of {version}")
+    share = contract.loads(Share, text, f"tag {_tag(alias)} of {version}")
+    check_weight(share.weight)
+    return share
+
+
+def check_weight(weight: float) -> None:
+    """Raises: ConfigError for no share and for all."""
+    if not 0 < weight < 100:
+        rule = "must be more than 0 and less than 100 percent"
+        raise ConfigError("--weight", weight, rule, "promote a version that is to answer all")
 
 
 def start(
@@ -108,7 +117,7 @@ def end(
     return found
 
 
-def taken_back(registry: Registry, version: str, alias: str, *, to: int, why: str) -> None:
+def write_taken_back(registry: Registry, version: str, alias: str, *, to: int, why: str) -> None:
     """Serving does not follow an alias: kept as a run beside the gate's decisions, the alias stays where it is."""
     from rayscale.registry import moves
     from rayscale.tracking import Tracker

@@ -26,7 +26,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from rayscale import storage
-from rayscale.errors import ConfigError, ConflictError, nearest
+from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.observe import log, setup_logging
 from rayscale.serve import follower, keys, remote, rollout
@@ -36,7 +36,7 @@ from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
 from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.meters import RayMeters
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
-from rayscale.serve.rollout import Desired, Ending, Orders, Report
+from rayscale.serve.rollout import Desired, Orders, Report
 from rayscale.serve.table import Table, read_table, write_table
 
 TABLE = "table.json"
@@ -168,7 +168,7 @@ class RolloutReplica:
                 await self._in_thread(write_table, self._store, TABLE, table)
                 self._kept = table.generation
             while self._rollout.endings:  # where the registry does not take them now, next time
-                await self._in_thread(self._tell, self._rollout.endings[0])
+                await self._in_thread(rollout.write_ending, self._registry, self._rollout.endings[0])
                 del self._rollout.endings[0]
         except Exception as error:
             if str(error) != self._away:
@@ -186,21 +186,6 @@ class RolloutReplica:
         self._registry = self._registry or Registry(self._args.tracking_uri or None)
         gated = functools.partial(journal.gated, self._registry) if self._args.require_gate else None
         return rollout.read_desired(self._registry, self._args.models, gated)
-
-    def _tell(self, ending: Ending) -> None:
-        """Write into the registry what ended here."""
-        from rayscale.registry import canary
-
-        registry, alias, version = self._registry, ending.route.partition("@")[2], ending.release
-        if ending.instead and not ending.canary:
-            canary.taken_back(registry, str(version), alias, to=ending.instead.version, why=ending.why)
-            return
-        decision = canary.ROLLED_BACK if ending.instead else canary.OVER
-        try:
-            canary.end(registry, version.name, alias, decision=decision, why=ending.why, version=version.version,
-                       since=ending.canary)  # fmt: skip
-        except ConflictError as error:  # somebody is moving it: the next look at the registry tells
-            log.warning("%s", error)
 
     async def _in_thread(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *args)

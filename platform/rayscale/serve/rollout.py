@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rayscale.errors import ConfigError, MissingError
+from rayscale.errors import ConfigError, ConflictError, MissingError
 from rayscale.observe import log
-from rayscale.registry.canary import alias_of, read_share
+from rayscale.registry.canary import OVER, ROLLED_BACK, alias_of, end, read_share, write_taken_back
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.meters import Meters
 from rayscale.serve.table import Release, Rollback, Shares, Table, route_of
@@ -386,3 +386,17 @@ def _canary(route: str, champion: Version, version: Version) -> Canary | Ending:
     if why := asked.over(champion.version, version.version):
         return Ending(route=route, release=_release(version), why=why, canary=asked.since)
     return Canary(release=_release(version), weight=asked.weight / 100, key=asked.since)
+
+
+def write_ending(registry: Registry, ending: Ending) -> None:
+    """Tell the registry what ended here: a canary's alias goes, a champion's stays. Raises: UnavailableError."""
+    alias, release = ending.route.partition("@")[2], ending.release
+    if ending.instead and not ending.canary:
+        write_taken_back(registry, str(release), alias, to=ending.instead.version, why=ending.why)
+        return
+    decision = ROLLED_BACK if ending.instead else OVER
+    try:
+        end(registry, release.name, alias, decision=decision, why=ending.why, version=release.version,
+            since=ending.canary)  # fmt: skip
+    except ConflictError as error:  # somebody else moves it: the next look at the registry tells
+        log.warning("%s", error)
