@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def read_header(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> H
 
     Raises: ImageError (empty, broken, too small), MediaTypeError (unknown format), TooLargeError.
     """
-    return open_lazily(data, limits, name)[1]
+    return open_lazily(data, limits, name, unpack=False)[1]
 
 
 def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> U8:
@@ -136,15 +137,21 @@ def _check_bits(header: Header, name: str) -> None:
         raise ImageError(name, f"{header.bits} bits", "at most 16 bits per sample are read", "convert it to 8 bits")
 
 
-def open_lazily(data: bytes, limits: Limits, name: str) -> tuple[ImageFile, Header, int]:
-    """Pillow's lazy picture, its header and its EXIF orientation (1..8), within the limits."""
+def open_lazily(data: bytes, limits: Limits, name: str, *, unpack: bool = True) -> tuple[ImageFile, Header, int]:
+    """Pillow's lazy picture, its header and its EXIF orientation (1..8), within the limits.
+
+    unpack: its pixels will be read.
+    """
     if not data:
         raise ImageError(name, "0 bytes", "there is nothing in it", _SEND)
     if len(data) > limits.max_bytes:
         rule = f"at most {limits.max_bytes} bytes are read"
         raise TooLargeError(name, f"{len(data)} bytes", rule, "send a smaller file")
     kind = _sniff(data, name)
-    data = containers.lean(kind, data, name)
+    if kind == "png" and len(data) >= 24:
+        sides = struct.unpack_from(">II", data, 16)
+        unpack = unpack and max(sides) <= limits.max_side and math.prod(sides) <= limits.max_pixels
+    data = containers.lean(kind, data, name, unpack=unpack)
     if kind == "webp":  # its reader allocates the canvas at once
         _check_size(*_webp_size(data), limits, name)
     with hostile(name, kind):

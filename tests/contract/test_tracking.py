@@ -201,6 +201,7 @@ class Server:
         self.process.wait()
 
 
+@pytest.mark.long
 def test_a_server_that_goes_away_costs_no_run_and_no_record(
     mlflow_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_mixture_and_other_tensors_travel_as_well(
     assert chain(found, 7) == chain(planned, 7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tasks", [1, None])
 def test_tasks_bounds_how_many_render_at_once(photos: Mixture, plan: Plan, tmp_path: Path, tasks: int | None) -> None:
     patience = 0.05 if tasks == 1 else 20.0  # the control waits for company

@@ -71,7 +71,7 @@ def test_two_workers_consume_the_planned_sequence(undisturbed: dict[str, Any], c
     assert found == {i: chains[i] for i in range(EVERY, TOTAL + 1, EVERY)}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("workers", [pytest.param(n, marks=pytest.mark.long) for n in (1, 3)])
 def test_other_numbers_of_workers_consume_the_same_one(
     dataset: str, storage: Path, undisturbed: dict[str, Any], workers: int
 ) -> None:

@@ -194,11 +194,15 @@ def test_penalties_of_a_share_are_those_of_the_first_pictures(task: Gan) -> None
 CLASSES = {"num_classes": 2, "augment": (), "r1_gamma": 0.1}
 
 
-@pytest.mark.parametrize("task", [replace(DCGAN, **CLASSES), replace(R3GAN, r2_gamma=0.1, **CLASSES)])
+@pytest.mark.parametrize(
+    "task",
+    [replace(DCGAN, **CLASSES), pytest.param(replace(R3GAN, r2_gamma=0.1, **CLASSES), marks=pytest.mark.long)],
+)
 def test_a_class_is_learnt_from_its_pictures(task: Gan) -> None:
     assert redness(task, told=True) > 0.4
 
 
+@pytest.mark.long
 def test_a_class_is_not_learnt_with_the_labels_torn_off() -> None:
     """Negative control."""
     assert abs(redness(replace(DCGAN, **CLASSES), told=False)) < 0.15

@@ -10,11 +10,14 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import skimage.data
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from rayscale import containers
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, RayscaleError, TooLargeError, UserError
 from rayscale.imaging import (
     U8,
@@ -171,6 +174,45 @@ LOSSY: dict[str, tuple[Callable[[], bytes], str, U8]] = {
     "animated WebP": (lambda: animation("WEBP"), PHOTO),
     "TIFF of two pages": (lambda: animation("TIFF"), PHOTO),
 }
+
+
+@hypothesis.given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]),
+    sides=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    level=st.integers(1, 9),
+    noise=st.integers(0, 255),
+)
+def test_pixels_that_are_unpacked_before_the_decoder_are_the_same(
+    mode: str, sides: tuple[int, int], level: int, noise: int
+) -> None:
+    rng = np.random.default_rng(noise)
+    picture = Image.fromarray(rng.integers(0, noise + 1, (*sides, 3), np.uint8)).convert(mode)
+    data = saved(picture, "PNG", compress_level=level)
+    unpacked = containers.lean("png", data, "image", unpack=True)
+    assert len(unpacked) > len(picture.tobytes())  # the path is taken
+    for read in (data, unpacked):
+        again = Image.open(io.BytesIO(read))
+        assert again.mode == mode
+        assert again.tobytes() == picture.tobytes()
+    Image.open(io.BytesIO(unpacked)).verify()  # checksums too
+    np.testing.assert_array_equal(decode_rgb(data), decode_rgb(saved(Image.fromarray(decode_rgb(data)), "BMP")))
+
+
+@pytest.mark.parametrize("case", ["interlaced", "16 bits", "short", "long", "damaged", "beyond the ratio"])
+def test_pixels_that_are_not_plain_rows_are_left_to_the_decoder(case: str) -> None:
+    rows = zlib.compress(bytes(25 * 24))  # 8 px of RGB and a filter byte, 24 rows
+    bits, interlaced, height = 16 if case == "16 bits" else 8, int(case == "interlaced"), 24
+    if case == "short":
+        rows = zlib.compress(bytes(25 * 23))
+    elif case == "long":
+        rows = zlib.compress(bytes(25 * 24 + 1))
+    elif case == "damaged":
+        rows = rows[:-4] + b"abcd"
+    elif case == "beyond the ratio":
+        height = 10_000
+    header = struct.pack(">IIBBBBB", 8, height, bits, 2, 0, 0, interlaced)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert containers.lean("png", data, "image", unpack=True) == data
 
 
 @pytest.mark.parametrize("case", LOSSY)

@@ -372,10 +372,14 @@ def test_area_averages_and_nearest_takes_one() -> None:
     width=st.integers(1, 70),
     kind=st.sampled_from(["box", "strokes", "irregular"]),
     ratio=st.floats(0, 1),
+    picture_px=st.sampled_from([0, 16, 40, 200]),
     seed=st.integers(0, 999),
 )
-def test_a_mask_misses_exactly_the_ratio(height: int, width: int, kind: MaskKind, ratio: float, seed: int) -> None:
-    mask = mask_of(Mask(kinds=(kind,), ratio=(ratio, ratio)), (height, width), Chain(rng(seed)).next("mask"))
+def test_a_mask_misses_exactly_the_ratio(
+    height: int, width: int, kind: MaskKind, ratio: float, picture_px: int, seed: int
+) -> None:
+    operator = Mask(kinds=(kind,), ratio=(ratio, ratio), picture_px=picture_px)
+    mask = mask_of(operator, (height, width), Chain(rng(seed)).next("mask"))
     assert mask.shape == (height, width, 1)
     assert set(np.unique(mask)) <= {0, 255}
     assert np.count_nonzero(mask) == round(ratio * height * width)
@@ -397,6 +401,20 @@ def test_ratios_of_masks_fill_their_bounds_and_kinds_differ() -> None:
     )
     edges = [np.count_nonzero(m[1:] != m[:-1]) + np.count_nonzero(m[:, 1:] != m[:, :-1]) for m in (straight, blobs)]
     assert edges[0] < edges[1]
+
+
+@pytest.mark.parametrize("kind", ["box", "strokes", "irregular"])
+def test_a_larger_picture_has_more_holes_not_larger_ones_where_that_is_asked_for(kind: MaskKind) -> None:
+    def furthest(side: int, picture_px: int) -> float:
+        """From the middle of a hole to what is known, px: mean over draws."""
+        operator = Mask(kinds=(kind,), ratio=(0.2, 0.2), picture_px=picture_px)
+        masks = [mask_of(operator, (side, side), Chain(rng(seed)).next("mask")) for seed in range(12)]
+        return float(np.mean([cv2.distanceTransform(mask, cv2.DIST_L2, 5).max() for mask in masks]))
+
+    crop = furthest(64, 64)
+    assert furthest(64, 0) == crop
+    assert furthest(256, 64) < 2.2 * crop  # of more holes the largest is a little larger
+    assert furthest(256, 0) > 3 * crop  # negative control
 
 
 # All of them

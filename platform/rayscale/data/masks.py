@@ -17,14 +17,15 @@ def mask_of(operator: Mask, sides: tuple[int, int], draws: Draws) -> U8:
     """u8[h, w, 1], 255 where pixels are missing."""
     kind = draws.pick("kind", operator.kinds)
     missing = round(draws.uniform("ratio", *operator.ratio) * sides[0] * sides[1])
-    return _KINDS[kind](sides, missing, draws.field())[..., None]
+    shrink = min(1.0, operator.picture_px / max(sides)) if operator.picture_px else 1.0
+    return _KINDS[kind](sides, missing, shrink, draws.field())[..., None]
 
 
-def _boxes(sides: tuple[int, int], missing: int, rng: np.random.Generator) -> U8:
-    return _fill(sides, missing, _box_shapes(sides, missing, rng))
+def _boxes(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.Generator) -> U8:
+    return _fill(sides, missing, _box_shapes(sides, missing * shrink**2, rng))
 
 
-def _box_shapes(sides: tuple[int, int], missing: int, rng: np.random.Generator) -> Iterator[U8]:
+def _box_shapes(sides: tuple[int, int], missing: float, rng: np.random.Generator) -> Iterator[U8]:
     count = int(rng.integers(1, 5))
     while True:
         area = missing / count * rng.uniform(0.5, 1.5)
@@ -37,13 +38,12 @@ def _box_shapes(sides: tuple[int, int], missing: int, rng: np.random.Generator) 
         yield shape
 
 
-def _strokes(sides: tuple[int, int], missing: int, rng: np.random.Generator) -> U8:
-    return _fill(sides, missing, _stroke_shapes(sides, rng))
+def _strokes(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.Generator) -> U8:
+    return _fill(sides, missing, _stroke_shapes(sides, max(sides) * shrink, rng))
 
 
-def _stroke_shapes(sides: tuple[int, int], rng: np.random.Generator) -> Iterator[U8]:
+def _stroke_shapes(sides: tuple[int, int], side: float, rng: np.random.Generator) -> Iterator[U8]:
     """Free-form brush strokes: a few straight pieces with round joints, each turning away from the last."""
-    side = max(sides)
     while True:
         width = max(1, round(side * rng.uniform(0.03, 0.1)))
         x, y = rng.uniform(0, sides[1]), rng.uniform(0, sides[0])
@@ -59,10 +59,10 @@ def _stroke_shapes(sides: tuple[int, int], rng: np.random.Generator) -> Iterator
             yield shape
 
 
-def _irregular(sides: tuple[int, int], missing: int, rng: np.random.Generator) -> U8:
+def _irregular(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.Generator) -> U8:
     """Blobs: the highest part of a smooth random field."""
     field: F32 = rng.standard_normal(sides, np.float32)
-    smooth = cv2.GaussianBlur(field, (0, 0), max(1.0, max(sides) * float(rng.uniform(0.02, 0.08))))
+    smooth = cv2.GaussianBlur(field, (0, 0), max(1.0, shrink * max(sides) * float(rng.uniform(0.02, 0.08))))
     mask = np.zeros(sides, np.uint8)
     mask.flat[np.argsort(smooth, axis=None, kind="stable")[smooth.size - missing :]] = 255
     return mask
@@ -78,7 +78,7 @@ def _fill(sides: tuple[int, int], missing: int, shapes: Iterator[U8]) -> U8:
     return mask
 
 
-_KINDS: dict[MaskKind, Callable[[tuple[int, int], int, np.random.Generator], U8]] = {
+_KINDS: dict[MaskKind, Callable[[tuple[int, int], int, float, np.random.Generator], U8]] = {
     "box": _boxes,
     "strokes": _strokes,
     "irregular": _irregular,

@@ -252,17 +252,22 @@ class Webp(Value):
 class Mask(Value):
     """Missing pixels: gives "mask" u8[h, w, 1], 255 where missing, and fills them in "lr". The last of a chain.
 
-    The missing part of the picture is what was drawn from `ratio`, to the pixel, whatever the kind.
+    The missing part of the picture is what was drawn from `ratio`, to the pixel, whatever the kind. A network sees so
+    many pixels far and no further, whatever the picture's size: `picture_px` lets larger pictures have more holes
+    instead of larger ones.
     """
 
     kinds: tuple[MaskKind, ...] = ("box", "strokes", "irregular")  # each as likely
     ratio: Range = (0.1, 0.4)
     fill: int = 0
+    picture_px: int = 0  # holes are as large as in a picture of this longer side; 0: of its own
     name: Literal["mask"] = "mask"
 
     def _check(self) -> None:
         self._range("ratio", 0, 1)
         self._require("fill", 0 <= self.fill <= 255, "must be in 0..255", "0 is black")
+        self._require("picture_px", self.picture_px == 0 or self.picture_px >= 16, "must be 0 or at least 16 px",
+                      "the side of the crops is a good one")  # fmt: skip
         self._require("kinds", bool(self.kinds), "must name at least one", "e.g. box")
 
 

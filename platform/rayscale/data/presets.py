@@ -123,11 +123,15 @@ def deblur() -> Degradation:
     return (OneOf(options=options, weights=(0.5, 0.25, 0.25)), GaussianNoise(sigma=(0.0, 5.0)))
 
 
-def inpaint(ratio: Range = (0.1, 0.4), kinds: tuple[MaskKind, ...] = ("box", "strokes", "irregular")) -> Degradation:
+def inpaint(
+    ratio: Range = (0.1, 0.4),
+    kinds: tuple[MaskKind, ...] = ("box", "strokes", "irregular"),
+    picture_px: int = 0,
+) -> Degradation:
     """Boxes and free-form strokes (DeepFill v2: Yu et al., ICCV 2019, arXiv:1806.03589), and irregular holes
-    (Liu et al., ECCV 2018, arXiv:1804.07723).
+    (Liu et al., ECCV 2018, arXiv:1804.07723). `picture_px`: as of `Mask`.
     """
-    return (Mask(kinds=kinds, ratio=ratio),)
+    return (Mask(kinds=kinds, ratio=ratio, picture_px=picture_px),)
 
 
 def burst(scale: int, frames: int = 8) -> Degradation:

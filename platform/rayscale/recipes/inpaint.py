@@ -32,7 +32,7 @@ def tiny() -> Recipe:
 
 
 def demo() -> Recipe:
-    """A tenth to four tenths of the picture missing, in at most ten minutes on one core."""
+    """A tenth to four tenths of the picture missing, in holes of up to some 50 px; at most ten minutes on one core."""
     base = denoise.sigma25_demo()
     return replace(
         base,
@@ -45,7 +45,7 @@ def demo() -> Recipe:
             optimizer=Optimizer(learning_rate=2e-3, warmup_images=1_000, decay="cosine"),
             ema_halflife_images=1_000.0,
         ),
-        data=replace(base.data, hr_crop_px=96, degradation=inpaint(), micro_batch=4),
+        data=replace(base.data, hr_crop_px=96, degradation=inpaint(picture_px=96), micro_batch=4),
         run=replace(base.run, total_images=10_000),
     )
 
@@ -64,7 +64,7 @@ def holes() -> Recipe:
             optimizer=Optimizer(learning_rate=5e-4, warmup_images=32_000, decay="cosine"),
             ema_halflife_images=20_000.0,
         ),
-        data=replace(base.data, hr_crop_px=128, degradation=inpaint(), micro_batch=8),
+        data=replace(base.data, hr_crop_px=128, degradation=inpaint(picture_px=128), micro_batch=8),
     )
 
 
@@ -80,4 +80,4 @@ def unet_holes() -> Recipe:
         optimizer=Optimizer(learning_rate=2e-4, warmup_images=32_000, decay="cosine"),
         ema_halflife_images=20_000.0,
     )
-    return replace(base, task=task, data=replace(base.data, degradation=inpaint()))
+    return replace(base, task=task, data=replace(base.data, degradation=inpaint(picture_px=base.data.hr_crop_px)))
