@@ -129,12 +129,12 @@ class Fleet:
     def ask(self) -> None:
         release = self.state.table.pick(ROUTE, draw(ROUTE, f"client {self.asked}"))
         outcomes = self._outcomes[self.asked % 3]
-        ok, failed, log_s = outcomes.get(release.digest, Outcome())
+        ok, failed, timed, log_s = outcomes.get(release.digest, Outcome())
         if self.fails(release, self.asked):
-            outcomes[release.digest] = Outcome(ok, failed + 1, log_s)
+            outcomes[release.digest] = Outcome(ok, failed + 1, timed, log_s)
         else:
             log_s += math.log(self.takes_s(release, self.asked))
-            outcomes[release.digest] = Outcome(ok + 1, failed, log_s)
+            outcomes[release.digest] = Outcome(ok + 1, failed, timed + 1, log_s)
         self.answered[release.digest] = self.answered.get(release.digest, 0) + 1
         self.asked += 1
 
@@ -230,12 +230,12 @@ def test_a_failure_in_a_later_window_counts_too() -> None:
 
 
 def test_a_verdict_needs_enough_runs() -> None:
-    fine = Outcome(1000, 0, 0.0)
+    fine = Outcome(1000, 0, 1000, 0.0)
     assert verdict(Outcome(0, 4), fine) == ""
     assert verdict(Outcome(0, 5), fine) == "5 of 5 runs failed"
-    assert verdict(Outcome(49, 0, 49.0), fine) == ""
-    assert "2.7 times as long" in verdict(Outcome(50, 0, 50.0), fine)
-    assert verdict(Outcome(50, 0, 50.0), Outcome(49, 0, 0.0)) == ""  # a champion on probation has nobody beside it
+    assert verdict(Outcome(90, 0, 49, 49.0), fine) == ""
+    assert "2.7 times as long" in verdict(Outcome(90, 0, 50, 50.0), fine)
+    assert verdict(Outcome(90, 0, 50, 50.0), Outcome(90, 0, 49, 0.0)) == ""  # a new champion has nobody beside it
 
 
 # --- its beginning and its end
@@ -324,6 +324,13 @@ def test_what_was_rolled_back_while_the_registry_was_away_is_told_by_the_next_pr
     state.desire(wish(TWO, canary=None), 111.0)  # promoted all the same
     state.sync(Report(replica="e0", prepared=ALL), 111.0)
     assert state.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
+
+
+def test_a_table_of_former_days_is_read() -> None:
+    old = contract.to_json(table(0.05)) | {"rolled_back": {ROUTE: {"digest": TWO.digest, "why": "failed"}}}
+    del old["before"]
+    found = contract.loads(Table, contract.dumps(old), "table")
+    assert (found.before, found.rolled_back[ROUTE].canary, found.routes) == ({}, "", table(0.05).routes)
 
 
 EVENTS = st.one_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Routing(Protocol):
 
 def who_asks(scope: Mapping[str, Any]) -> str:
     """Whom a canary is sticky to: the bearer key by its name, or where there are none the request by its id."""
-    return str(scope.get("rayscale.key") or scope.get("rayscale.request_id", ""))
+    return str(scope.get("rayscale.key") or scope.get("rayscale.request_id") or uuid.uuid4())
 
 
 def role_of(spec: Spec) -> Role:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rayscale.errors import ConfigError, ConflictError, MissingError
+from rayscale.errors import ConfigError, MissingError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.registry.canary import OVER, ROLLED_BACK, alias_of, end, read_share, write_taken_back
 from rayscale.serve.batching import Known, Outcome
@@ -358,10 +358,11 @@ def read_desired(
         is_pattern = any(c in name_pattern for c in "*?[")
         for name in fnmatch.filter(standing, name_pattern) if is_pattern else [name_pattern]:
             route, beside = f"{name}@{alias}", f"{name}@{alias_of(alias)}"
-            if (champion := resolved(route, alias)) is None:
+            stands = standing.get(name, {})
+            if alias not in stands or not (champion := resolved(route, alias)):
                 continue
             routes[route] = _release(champion)
-            if alias_of(alias) not in standing.get(name, {}) or not (version := resolved(beside, "challenger")):
+            if alias_of(alias) not in stands or not (version := resolved(beside, "challenger")):
                 continue
             try:
                 found = _canary(route, champion, version)
@@ -390,13 +391,15 @@ def _canary(route: str, champion: Version, version: Version) -> Canary | Ending:
 
 def write_ending(registry: Registry, ending: Ending) -> None:
     """Tell the registry what ended here: a canary's alias goes, a champion's stays. Raises: UnavailableError."""
-    alias, release = ending.route.partition("@")[2], ending.release
-    if ending.instead and not ending.canary:
-        write_taken_back(registry, str(release), alias, to=ending.instead.version, why=ending.why)
-        return
-    decision = ROLLED_BACK if ending.instead else OVER
+    alias, release, why = ending.route.partition("@")[2], ending.release, ending.why
     try:
-        end(registry, release.name, alias, decision=decision, why=ending.why, version=release.version,
-            since=ending.canary)  # fmt: skip
-    except ConflictError as error:  # somebody else moves it: the next look at the registry tells
-        log.warning("%s", error)
+        if ending.canary:
+            decision = ROLLED_BACK if ending.instead else OVER
+            number, since = release.version, ending.canary
+            end(registry, release.name, alias, decision=decision, why=why, version=number, since=since)
+        elif ending.instead:
+            write_taken_back(registry, str(release), alias, to=ending.instead.version, why=why)
+    except UnavailableError:
+        raise
+    except RayscaleError as error:  # moved or deleted by somebody else meanwhile: the next look tells
+        log.warning("%s: %s", ending.route, error)

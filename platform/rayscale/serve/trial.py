@@ -26,14 +26,14 @@ def verdict(new: Outcome, old: Outcome) -> str:
     if new.failed >= FAILURES and new.failed >= (usual + FAILURE_RATE) * runs:
         beside = f", {old.failed} of {others} of the version beside it" if old.failed else ""
         return f"{new.failed} of {runs} runs failed{beside}"
-    if min(new.ok, old.ok) >= RUNS and slowdown(new, old) >= SLOWDOWN:
-        return f"its {new.ok} runs took {slowdown(new, old):.1f} times as long as the {old.ok} of the version beside it"
+    if min(new.timed, old.timed) >= RUNS and slowdown(new, old) >= SLOWDOWN:
+        return f"{new.timed} runs took {slowdown(new, old):.1f} times as long as {old.timed} of the version beside it"
     return ""
 
 
 def slowdown(new: Outcome, old: Outcome) -> float:
-    """How many times as long the same work takes, by runs that ended well; both have some."""
-    return math.exp(new.log_s / new.ok - old.log_s / old.ok)
+    """How many times as long the same work takes, by the timed runs; both have some."""
+    return math.exp(new.log_s / new.timed - old.log_s / old.timed)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -59,6 +59,7 @@ class Trial:
         return Outcome(
             ok=sum(last.ok - first.ok for first, last in spans),
             failed=sum(last.failed - first.failed for first, last in spans),
+            timed=sum(last.timed - first.timed for first, last in spans),
             log_s=math.fsum(last.log_s - first.log_s for first, last in spans),
         )
 
@@ -69,4 +70,4 @@ class Trial:
         """So far, for people."""
         new, old = self.outcome(self.digest), self.outcome(self.beside)
         text = f"{new.ok + new.failed} runs, {new.failed} failed"
-        return text + (f", {slowdown(new, old):.2f} times the time" if new.ok and old.ok else "")
+        return text + (f", {slowdown(new, old):.2f} times the time" if new.timed and old.timed else "")
