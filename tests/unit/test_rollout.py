@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import runpy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
 from rayscale.serve.remote import Chunk, RemoteEngine, Reply
-from rayscale.serve.rollout import Desired, Orders, Report, Rollout, read_desired
+from rayscale.serve.rollout import Canary, Desired, Orders, Report, Rollout, read_desired
 from rayscale.serve.table import Release, Table, read_table, write_table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
@@ -431,6 +431,25 @@ def test_a_replica_keeps_the_old_table_until_it_has_all_of_the_new_one(tmp_path:
         await replica.steps()
         assert replica.follower.table.generation == 9
         assert replica.engine.digests == {TWO.digest}  # the unnamed one was let go
+
+    asyncio.run(main())
+
+
+def test_a_canary_that_a_replica_cannot_load_holds_it_up_no_more_than_it_must(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        beside = {ROUTE: Canary(release=TWO, weight=0.5, key="k")}
+        state.desire(replace(desired(ONE), canaries=beside), 0.0)
+        state.sync(report("other", ONE, TWO), 0.0)
+        assert len(state.table.routes[ROUTE]) == 2
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[TWO.digest] = IntegrityError("digest", "x", "expected y", "fetch again")
+        await replica.steps()
+        assert (replica.follower.reason, replica.engine.digests) == ("", {ONE.digest})
+        assert [replica.follower.table.pick(ROUTE, draw) for draw in (0.1, 0.9)] == [ONE, ONE]
+        whole = Replica(state, tmp_path)  # control
+        await whole.steps()
+        assert [whole.follower.table.pick(ROUTE, draw) for draw in (0.1, 0.9)] == [ONE, TWO]
 
     asyncio.run(main())
 
