@@ -21,7 +21,7 @@ from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
 from rayscale.contract import ModelCard, Scores, Spec, TensorSpec
 from rayscale.data import presets
-from rayscale.data.degrade import Bicubic
+from rayscale.data.operators import Bicubic, Mask
 from rayscale.data.pack import pack
 from rayscale.data.scan import PackSettings
 from rayscale.data.shards import open_split
@@ -419,6 +419,26 @@ def test_samples_show_the_most_detailed_crop(tmp_path: Path) -> None:
     small = sample_grid(suite, {"bicubic": run}, max_images=1, crop_px=1000)
     assert seen[-1].shape == pair.lr.shape
     assert small.shape != grid.shape
+
+
+def test_samples_show_the_missing_detail_and_the_best_rivals(tmp_path: Path) -> None:
+    photo = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
+    suite = Suite(pack_photos(tmp_path, {"a": photo}), "test", (Mask(kinds=("box",), ratio=(0.05, 0.05)),))
+    seen: dict[str, U8] = {}
+
+    def rival(name: str, error: int) -> Run:
+        def run(lr: U8, mask: U8) -> U8:
+            seen[name] = mask
+            return np.asarray(np.full_like(lr, 128) + error, np.uint8)
+
+        return run
+
+    rivals = {str(error): rival(str(error), error) for error in (60, 0, 30, 90)}
+    model = rival("model", 10)
+    grid = sample_grid(suite, {"model": model}, max_images=1, crop_px=32, rivals=rivals)
+    assert (seen["model"] > 0).mean() > 0.2, "of a hole of a twentieth"
+    ordered = sample_grid(suite, {"0": rivals["0"], "30": rivals["30"], "model": model}, max_images=1, crop_px=32)
+    np.testing.assert_array_equal(grid, ordered)
 
 
 def test_metrics_are_named_once() -> None:

@@ -103,9 +103,8 @@ def show(models: Mapping[str, Model], suite: Suite, max_images: int = 4, crop_px
         return generated.sample_grid(last, 8 * max_images)
     if spec.kind == "embed":
         return vectors.neighbours(last, suite, max_images)
-    classical = dict(list(baselines(suite).items())[:2])
-    runs = {**classical, **{name: picture_run(model) for name, model in models.items()}}
-    return sample_grid(suite, runs, max_images, crop_px)
+    runs = {name: picture_run(model) for name, model in models.items()}
+    return sample_grid(suite, runs, max_images, crop_px, rivals=baselines(suite))
 
 
 def compare(scores: Mapping[str, Scores]) -> str:

@@ -27,6 +27,7 @@ from rayscale.observe import log, progress
 
 PSNR_CAP_DB = 100.0  # equal pictures have infinite PSNR, and a mean or a difference of infinities says nothing
 METRICS = {"psnr_y": "PSNR Y (dB)", "ssim_y": "SSIM Y", "psnr_rgb": "PSNR RGB (dB)", "ssim_rgb": "SSIM RGB"}
+RIVALS = 2  # classical methods that samples are shown beside
 
 
 def score(run: Run, suite: Suite, subject: str, provider: str = "") -> Scores:
@@ -49,15 +50,20 @@ def score(run: Run, suite: Suite, subject: str, provider: str = "") -> Scores:
     return Scores(subject=subject, suite=suite.digest, keys=tuple(keys), metrics=values, provider=provider)
 
 
-def sample_grid(suite: Suite, runs: Mapping[str, Run], max_images: int, crop_px: int) -> U8:
+def sample_grid(
+    suite: Suite, runs: Mapping[str, Run], max_images: int, crop_px: int, *, rivals: Mapping[str, Run] | None = None
+) -> U8:
     """A panel for people: a row per picture, its most detailed crop as lr (nearest) | each run | the truth.
 
-    `runs` see the crop alone: `crop_px` (high resolution) bounds the work, whatever the photos' size.
+    `runs` see the crop alone: `crop_px` (high resolution) bounds the work, whatever the photos' size. Of `rivals` the
+    RIVALS best on these very crops stand before them.
     """
     cells: list[tuple[str, U8]] = []
     limit = min(max_images, suite.max_images) if suite.max_images else max_images
-    for pair in pairs(replace(suite, max_images=limit)):
-        shown = pair if suite.side_px else _detail(pair, crop_px, suite.scale)
+    found = pairs(replace(suite, max_images=limit))
+    crops = [pair if suite.side_px else _detail(pair, crop_px, suite.scale) for pair in found]
+    runs = {**_best(rivals or {}, crops), **runs}
+    for shown in crops:
         first, hr = shown.lr[0] if shown.lr.ndim == 4 else shown.lr, shown.hr
         caption = "low resolution" if suite.scale > 1 else "given"
         cells.append((caption, first.repeat(suite.scale, axis=0).repeat(suite.scale, axis=1)))
@@ -69,6 +75,15 @@ def sample_grid(suite: Suite, runs: Mapping[str, Run], max_images: int, crop_px:
                 cells.append((f"{name} not finite", np.zeros_like(hr)))
         cells.append(("truth", hr))
     return panel(cells, columns=len(runs) + 2)
+
+
+def _best(runs: Mapping[str, Run], crops: Sequence[Pair]) -> dict[str, Run]:
+    if len(runs) <= RIVALS:
+        return dict(runs)
+    gains = {
+        name: sum(_psnr(run(*crop.inputs), crop.hr, 0, luma_only=True) for crop in crops) for name, run in runs.items()
+    }
+    return {name: runs[name] for name in sorted(runs, key=lambda name: -gains[name])[:RIVALS]}
 
 
 def baseline(scale: int) -> Run:
@@ -141,9 +156,14 @@ def _psnr(a: U8, b: U8, border_px: int, *, luma_only: bool) -> float:
 
 
 def _detail(pair: Pair, crop_px: int, scale: int) -> Pair:
-    """The crop with the strongest edges, searched in half-overlapping windows: there models differ."""
-    luma = metrics.luma(pair.lr[0] if pair.lr.ndim == 4 else pair.lr)
+    """The crop with the strongest edges, searched in half-overlapping windows: there models differ.
+
+    Where pixels are missing, those that are: a crop without a hole shows nothing.
+    """
+    luma = metrics.luma(pair.hr if pair.mask is not None else pair.lr[0] if pair.lr.ndim == 4 else pair.lr)
     edges = np.abs(np.diff(luma, axis=0))[:, :-1] + np.abs(np.diff(luma, axis=1))[:-1]
+    if pair.mask is not None:
+        edges = edges * (pair.mask[:-1, :-1, 0] > 0)
     height, width = (min(max(crop_px // scale, 1), side) for side in luma.shape)
     windows = [
         (edges[y : y + height, x : x + width].sum(), -y, -x)
