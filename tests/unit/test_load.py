@@ -29,7 +29,7 @@ from rayscale.serve.api import create_app
 from rayscale.serve.batching import Item, Job, Queue
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Admission, Gateway, GatewaySettings
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 service = runpy.run_path(str(Path(__file__).parents[1] / "service.py"))

@@ -155,11 +155,16 @@ class Registry:
         with answering(self.uri):
             return {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
 
-    def names(self) -> tuple[str, ...]:
-        """All registered models, by name; their journals are none."""
+    def standing(self) -> dict[str, dict[str, int]]:
+        """Of all registered models, by name, their aliases and where these point; their journals are none."""
         with answering(self.uri):
-            found = sorted(str(m.name) for m in pages(self.client.search_registered_models))
-        return tuple(name for name in found if not name.endswith(JOURNAL))
+            found = sorted(pages(self.client.search_registered_models), key=lambda model: str(model.name))
+        models = {str(m.name): {k: int(v) for k, v in m.aliases.items()} for m in found}
+        return {name: aliases for name, aliases in models.items() if not name.endswith(JOURNAL)}
+
+    def names(self) -> tuple[str, ...]:
+        """All registered models, by name."""
+        return tuple(self.standing())
 
     def versions(self, name: str) -> tuple[Version, ...]:
         """The versions of one model that rayscale published, newest first. Raises: MissingError."""

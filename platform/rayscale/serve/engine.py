@@ -8,6 +8,7 @@ No HTTP and no Ray: an engine lives in a gateway's process as well as behind a h
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -217,7 +218,9 @@ class Engine:
 
     def _count(self, job: Job, *, ok: bool) -> None:
         done = self._outcomes.get(digest := job.model.session.digest, Outcome())
-        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok))
+        timed = ok and job.alone
+        log_s = math.log(max(job.run_s, 1e-9) / (job.count * job.item_units)) if timed else 0.0
+        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok), done.timed + timed, done.log_s + log_s)
 
     def session(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared here."""
@@ -349,7 +352,9 @@ class Engine:
         now = time.monotonic()
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
+        alone = all(job is batch[0][0] for job, _ in batch)
         for job, _ in batch:
+            job.alone = job.alone and alone
             job.run_s += share_s
             job.finished += 1
             if job.finished == job.count:

@@ -14,7 +14,7 @@ from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.gateway import Gateway, Role
 from rayscale.serve.intake import Work, admit, burst, check_output, decode, decode_burst, prepare, single
 from rayscale.serve.methods import MASKED, filtered, merged
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 
 @dataclass(frozen=True, kw_only=True)
