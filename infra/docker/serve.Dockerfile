@@ -9,7 +9,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends tini wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home ray \
-    && install -d -o ray -g ray /var/cache/rayscale
+    && install -d -o ray -g ray /var/cache/rayscale /tmp/ray
 
 WORKDIR /opt/rayscale
 COPY constraints.txt infra/docker/serve.txt infra/docker/serve-gpu.txt ./
