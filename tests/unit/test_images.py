@@ -124,6 +124,7 @@ def test_serving_needs_what_its_image_has() -> None:
     assert {name.partition("[")[0] for name in serve} <= pinned
 
 
+@pytest.mark.long
 def test_serving_imports_nothing_that_its_image_has_not() -> None:
     """Asked of a process in which everything that the image leaves out cannot be imported."""
     code = (

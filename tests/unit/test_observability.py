@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ OF_HISTOGRAMS = ("_bucket", "_sum", "_count")
 WORDS = {"and", "or", "unless", "on", "ignoring", "bool", "by", "without", "offset", "group_left", "group_right"}
 
 
+@functools.cache
 def ours() -> dict[str, tuple[str, ...]]:
     """Names in Prometheus of our metrics -> their labels."""
     found = {}
@@ -35,6 +37,7 @@ def ours() -> dict[str, tuple[str, ...]]:
     return found
 
 
+@functools.cache
 def rays() -> set[str]:
     """Those that this Ray's own dashboards show."""
     folder = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards"
