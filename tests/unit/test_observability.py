@@ -194,7 +194,9 @@ ALARMS = {
     "a run that has ended": _alarm("RayscaleTrainingStalled", "50m", {SEEN: "0+64x20 _x60"}, False),
     "no engine": _alarm("RayscaleNoReplica", "10m", {ENGINES: "2x3 0x10"}, True, application="a", deployment="Engine"),
     "one engine of two": _alarm("RayscaleNoReplica", "10m", {ENGINES: "2x3 1x10"}, False),
-    "a version refused": _alarm("RayscaleVersionRefused", "10m", {REFUSED: "0x5 1x20"}, True, model="m"),
+    "a version refused again": _alarm("RayscaleVersionRefused", "10m", {REFUSED: "1x5 2x20"}, True, model="m"),
+    "the first one": _alarm("RayscaleVersionRefused", "30m", {REFUSED: "_x25 1x30"}, True, model="m"),
+    "one of long ago": _alarm("RayscaleVersionRefused", "50m", {REFUSED: "_x5 1x60"}, False),
 }
 
 
