@@ -47,6 +47,9 @@ class Metric(NamedTuple):
 METRICS = {
     m.name: m
     for m in (
+        Metric("rayscale_train_seen_images", "gauge", ("run",), "Images that a run has been trained on"),
+        Metric("rayscale_train_saved_images", "gauge", ("run",), "Those of its newest checkpoint"),
+        Metric("rayscale_train_damaged_photos", "gauge", ("run",), "Photos that others stand in for"),
         Metric("rayscale_requests_total", "counter", ("route", "model", "status"), "Finished HTTP requests"),
         Metric("rayscale_request_seconds", "histogram", ("route", "model"), "Time from first byte to answer"),
         Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a request's tiles waited for their device"),

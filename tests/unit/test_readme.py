@@ -1,73 +1,77 @@
-"""The README's commands, code and tree are true."""
+"""Commands, code and trees of the README and of the operator's guide are true."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
-
-from rayscale.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "infra/README.md").read_text()
+parsed = runpy.run_path(str(ROOT / "tests/commands.py"))["parsed"]
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced blocks of that language, also those inside lists."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE).replace("\\\n", " ") for indent, text in found]
 
 
-def jobs() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("submit jobs/")]
+def lines(start: str, page: str = README + GUIDE) -> list[list[str]]:
+    """The words of every command that begins so."""
+    found = [line for block in blocks("sh", page) for line in block.splitlines()]
+    return [shlex.split(line) for line in found if line.startswith(start)]
 
 
 def test_the_page_takes_a_reader_through_all_jobs() -> None:
-    assert [Path(job[0]).stem for job in jobs()] == ["ingest", "train", "publish", "promote", "evaluate", "upscale"]
+    jobs = [Path(words[1]) for words in lines("submit jobs/", README)]
+    assert [job.stem for job in jobs] == ["ingest", "train", "publish", "promote", "evaluate", "upscale"]
+    assert all((ROOT / job).exists() for job in jobs)
 
 
-def parse(name: str, arguments: list[str]) -> None:
-    """The flags are those of the command."""
-    module, _, function = COMMANDS[name].partition(":")
-    command = getattr(importlib.import_module(module), function)
-    app = typer.Typer()
-    seen: dict[str, Any] = {}
-
-    @app.command()
-    @functools.wraps(command)
-    def parsed(**kwargs: Any) -> None:
-        seen.update(kwargs)
-
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert seen
-    assert CliRunner().invoke(app, [*arguments, "--no-such-flag"]).exit_code == 2  # negative control
+@pytest.mark.parametrize("line", sorted({shlex.join(w[1:]) for w in lines("submit jobs/") + lines("rayscale ")}))
+def test_every_command_parses(line: str) -> None:
+    """The command is there, and has these flags."""
+    first, *rest = shlex.split(line)
+    words = [Path(first).stem, *rest]
+    parsed(words)
+    with pytest.raises(ValueError, match="--no-such-flag"):  # negative control
+        parsed([*words, "--no-such-flag"])
 
 
-@pytest.mark.parametrize("job", jobs(), ids=lambda job: job[0])
-def test_every_job_command_parses(job: list[str]) -> None:
-    """The script is there, and its flags are those of the command behind it."""
-    assert (ROOT / job[0]).exists()
-    parse(Path(job[0]).stem, job[1:])
+def test_the_guide_names_files_that_are_there() -> None:
+    """In its commands, and in its tree."""
+    named = re.findall(r"(?:-k|-f|--file) +([\w./-]*infra/[\w./-]+)", "\n".join(blocks("sh", GUIDE)))
+    assert len(named) >= 8
+    for file in named:
+        if file != "infra/compose/.env":
+            assert (ROOT / file).exists(), file
+    tree = blocks("", GUIDE)[0]
+    assert {line.split("/ ")[0] for line in tree.splitlines() if line.startswith("infra/")} == {
+        f"infra/{folder.name}" for folder in (ROOT / "infra").iterdir() if folder.is_dir()
+    }
+    for test in re.findall(r"`(?:tests/unit/)?(test_\w+\.py)`", GUIDE):
+        assert (ROOT / "tests/unit" / test).exists(), test
 
 
-def test_every_command_about_models_parses() -> None:
-    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    given = [words[1:] for words in lines if words[:2] == ["rayscale", "models"]]
-    assert len(given) > 5
-    for words in given:
-        if words[1] != "list":  # takes nothing
-            parse(" ".join(words[:2]), words[2:])
+def test_the_guide_asks_for_the_secrets_that_the_manifests_name() -> None:
+    manifests = "".join(file.read_text() for file in (ROOT / "infra/kuberay").rglob("*.yaml"))
+    named = set(re.findall(r"(?:secretKeyRef|secretRef): \{name: ([\w-]+)|secretName: ([\w-]+)", manifests))
+    made = {words[words.index("generic") + 1] for words in lines("kubectl", GUIDE) if "generic" in words}
+    assert made == {name for pair in named for name in pair if name}
+
+
+def test_the_guide_shows_panels_that_are_there() -> None:
+    boards = "".join(file.read_text() for file in (ROOT / "infra/observability/grafana").glob("*.json"))
+    titles = set(re.findall(r"`([A-Z][a-z]+(?: [a-z]+)+)`", " ".join(GUIDE.split())))
+    assert len(titles) >= 5
+    assert [title for title in titles if f'"title": "{title}"' not in boards] == []
 
 
 def test_the_python_block_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +115,7 @@ def test_every_module_of_the_package_stands_in_the_tree() -> None:
 
 def test_the_commands_of_the_makefile_are_the_readmes() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", README + GUIDE, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
 
 

@@ -48,7 +48,7 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
 
 GROUPS = {
     "data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it.",
-    "models": "What is in the registry: look at it, compare, try out, take networks in and out, move an alias and back.",
+    "models": "What is in the registry: look at it, compare, try out, bring in, take out, move an alias and back.",
 }
 
 

@@ -14,13 +14,14 @@ import ray.train
 import ray.train.collective
 import torch.distributed as dist
 from ray.train import Checkpoint
+from ray.util import metrics as ray_metrics
 from torch import nn
 
 from rayscale.contract import code_version
 from rayscale.data import pairs
 from rayscale.data.sample import MicroBatch
 from rayscale.errors import DamageError, UnavailableError
-from rayscale.observe import Progress, log
+from rayscale.observe import METRICS, Progress, log
 from rayscale.storage import join, upload_dir
 from rayscale.tracking import Tracker
 from rayscale.train import checkpoint
@@ -30,6 +31,16 @@ from rayscale.train.ledger import Ledger
 from rayscale.train.loop import State
 
 ASK_EVERY_S = 5.0  # whether a node is about to be taken away
+
+
+def _gauges(run: str) -> dict[str, ray_metrics.Gauge]:
+    """The training metrics of `observe.METRICS` in Ray's exporter, which Prometheus reads."""
+    found = {}
+    for m in METRICS.values():
+        if m.name.startswith("rayscale_train_"):
+            found[m.name] = ray_metrics.Gauge(m.name, m.help, m.labels)
+            found[m.name].set_default_tags({"run": run})
+    return found
 
 
 class RunHooks:
@@ -42,10 +53,12 @@ class RunHooks:
         self.note, self.advised = "", False
         self.damaged: dict[str, str] = {}  # key -> reason, of this rank's photos since the last log
         self.ledger: Ledger | None = None
+        self.gauges: dict[str, ray_metrics.Gauge] = {}  # of rank 0
         self.warned: set[str] = set()  # nodes that a checkpoint was made for before they go
         self.asked_at, self.asked_step, self.ask_every, self.step = time.monotonic(), 0, 1, 0
         if rank == 0:
             self.ledger = Ledger(job.record.uri, len(job.photos), job.run.damage_budget)
+            self.gauges = _gauges(job.record.name)
             log.info(
                 "%s: from image %d of %d, on %d worker(s)",
                 job.record.name,
@@ -93,6 +106,9 @@ class RunHooks:
         if self.rank == 0 and advice and not self.advised:
             log.warning("%s", advice)
             self.advised = True
+        if self.ledger is not None:
+            self.gauges["rayscale_train_seen_images"].set(images_seen)
+            self.gauges["rayscale_train_damaged_photos"].set(self.ledger.num_found)
         if self.tracker is not None:
             left = max(0, self.job.run.total_images - images_seen)
             metrics = {
@@ -167,6 +183,7 @@ class RunHooks:
                 checkpoint_upload_fn=self._upload,
                 delete_local_checkpoint_after_upload=False,
             )
+            self.gauges["rayscale_train_saved_images"].set(images_seen)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -21,6 +21,11 @@ class Ledger:
         self._found: dict[str, str] = {}  # key -> reason, since this start
         self._kept = True  # all of it is in the file
 
+    @property
+    def num_found(self) -> int:
+        """Photos since this start."""
+        return len(self._found)
+
     def add(self, found: Mapping[str, str]) -> None:
         """Keep what was found. Raises: DamageError where this start found more than the budget."""
         for key in sorted(found.keys() - self._found.keys()):
