@@ -71,7 +71,7 @@ class Plan:
 
     height: int
     width: int
-    padded_height: int  # a multiple of the model's align, as padded_width is
+    padded_height: int  # as `imaging.padded_sides` says, and padded_width
     padded_width: int
     scale: int
     tiles: tuple[Tile, ...]
@@ -94,17 +94,18 @@ def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
 
     Raises: TooLargeError where neither is possible; ImageError for another size than the only one a model takes.
     """
-    for size, only in zip((height, width), spec.inputs[0].shape[-2:], strict=True):
-        if isinstance(only, int) and size != only:
-            sides = "x".join(str(side) for side in reversed(spec.inputs[0].shape[-2:]))
-            rule = f"this model takes pictures of {sides} px only"
-            raise ImageError("image", f"{width}x{height}", rule, "crop or resize it")
-    tall, wide = (-(-side // spec.align) * spec.align for side in (height, width))
+    fixed_px = spec.fixed_px
+    if fixed_px is not None and spec.halo_px is None and (height, width) != fixed_px:
+        rule = f"this model takes pictures of {fixed_px[1]}x{fixed_px[0]} px only"
+        raise ImageError("image", f"{width}x{height}", rule, "crop or resize it")
+    tall, wide = imaging.padded_sides(height, width, align=spec.align, fixed_px=fixed_px)
     if spec.halo_px is None and height * width > settings.untiled_max_px:
         rule = f"this model runs on at most {settings.untiled_max_px} pixels ({spec.halo_why_none})"
         raise TooLargeError("image", f"{width}x{height}", rule, "send a smaller picture")
-    if spec.halo_px is None or height * width <= settings.whole_max_px:
-        tiles: tuple[Tile, ...] = (_whole(tall, wide),)
+    if spec.halo_px is not None and fixed_px is not None:
+        tiles = imaging.plan_tiles(tall, wide, tile_px=fixed_px, halo_px=spec.halo_px, align=spec.align)
+    elif spec.halo_px is None or height * width <= settings.whole_max_px:
+        tiles = (_whole(tall, wide),)
     else:
         # A tile keeps at least half of its side, however far the model sees.
         side = -(-max(settings.tile_px, 4 * spec.halo_px) // spec.align) * spec.align
