@@ -66,9 +66,9 @@ def import_model(
     if card:
         found = _declared(model, card)
     else:
-        model, given = foreign.adapted(model), model
-        lineage = f"imported {Path(file).name}{'' if model is given else ', a network of luma'}"
-        found = _measured(model, lineage, licence.strip(), halo, untiled.strip())
+        model, file_bytes = foreign.adapted(model), model
+        recipe = f"imported {Path(file).name}{'' if model is file_bytes else ', a network of luma'}"
+        found = _measured(model, recipe, licence.strip(), halo, untiled.strip())
     spec = found.spec
     sides = f"steps of {spec.align} px" if spec.fixed_px is None else "{1}x{0} px only".format(*spec.fixed_px)
     tiling = f"not tiled: {spec.halo_why_none}" if spec.halo_px is None else f"halo {spec.halo_px} px"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from rayscale.errors import ConfigError
 
@@ -42,11 +42,11 @@ def as_rgb(model: bytes, scale: int) -> bytes:
         return name
 
     image, out = fresh("image"), fresh("image_out")
-    constants: dict[str, NDArray[np.generic]] = {}
+    constants: list[TensorProto] = []
 
-    def constant(name: str, value: NDArray[np.generic]) -> str:
-        constants[named := fresh(name)] = value
-        return named
+    def constant(name: str, value: object, dtype: type = np.float32) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value, dtype), fresh(name)))
+        return constants[-1].name  # type: ignore[no-any-return]
 
     nodes: list[NodeProto] = []
 
@@ -55,7 +55,7 @@ def as_rgb(model: bytes, scale: int) -> bytes:
         nodes.append(helper.make_node(kind, list(inputs), [to], name=to, **attributes))
         return to
 
-    luma = constant("luma", np.float32(WEIGHTS).reshape(1, 3, 1, 1))
+    luma = constant("luma", np.reshape(WEIGHTS, (1, 3, 1, 1)))
     node("Conv", image, luma, to=given.name)
     before, nodes = nodes, []
     up = image
@@ -64,19 +64,19 @@ def as_rgb(model: bytes, scale: int) -> bytes:
         if opset < 11:
             padded = node("Pad", image, mode="edge", pads=pads)
         else:
-            padded = node("Pad", image, constant("pads", np.int64(pads)), mode="edge")
+            padded = node("Pad", image, constant("pads", pads, np.int64), mode="edge")
         phases = node("Conv", padded, constant("bicubic", _bicubic(scale)))
         up = node("DepthToSpace", phases, blocksize=scale)
     changed = node("Add", up, node("Sub", made.name, node("Conv", up, luma)))
     if opset < 11:
         node("Clip", changed, to=out, min=0.0, max=1.0)
     else:
-        node("Clip", changed, constant("low", np.float32(0)), constant("high", np.float32(1)), to=out)
+        node("Clip", changed, constant("low", 0), constant("high", 1), to=out)
 
     inner = list(graph.node)
     del graph.node[:]
     graph.node.extend([*before, *inner, *nodes])
-    graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    graph.initializer.extend(constants)
     for edge, name in ((given, image), (made, out)):
         edge.name = name
         edge.type.tensor_type.shape.dim[1].dim_value = 3
@@ -84,13 +84,13 @@ def as_rgb(model: bytes, scale: int) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def _bicubic(scale: int) -> NDArray[np.float32]:
-    """Kernels of the s * s pixels that each one becomes, in the order of `DepthToSpace`: f32[3 * s * s, 3, k, k]."""
+def _bicubic(scale: int) -> NDArray[np.float64]:
+    """Kernels of the s * s pixels that each one becomes, in the order of `DepthToSpace`: f64[3 * s * s, 3, k, k]."""
     taps = np.arange(-_REACH_PX, _REACH_PX + 1)
     at = (np.arange(scale) + 0.5) / scale - 0.5  # where the new pixels' centres lie around the old one's
     x = np.abs(taps[None] - at[:, None])
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     lines = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
     kernels = np.einsum("yi,xj->yxij", lines, lines).reshape(scale * scale, 1, 1, len(taps), len(taps))
-    every = kernels * np.eye(3)[None, :, :, None, None]
-    return every.reshape(3 * scale * scale, 3, len(taps), len(taps)).astype(np.float32)
+    every: NDArray[np.float64] = kernels * np.eye(3)[None, :, :, None, None]
+    return every.reshape(3 * scale * scale, 3, len(taps), len(taps))
