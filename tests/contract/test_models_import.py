@@ -260,23 +260,29 @@ def reference_of(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
     return lambda nchw: np.asarray(evaluator.run(None, {evaluator.input_names[0]: nchw})[0])
 
 
-def test_a_network_of_luma_and_one_size_is_imported_and_served(mlflow_home: Path, tmp_path: Path) -> None:
-    file = tmp_path / "luma.onnx"
-    file.write_bytes(small["luma_bytes"](5, FIXED_PX))
-    made = import_model(str(file), "luma", "Apache-2.0")
-    assert (made["scale"], made["halo_px"]) == (3, 3)
-    registry = Registry()
-    version = registry.resolve("luma:1")
-    folder = registry.fetch(version, mlflow_home / "cache")
-    free = session_of(twin := foreign.adapted(small["luma_bytes"](5)), foreign.probed(twin))
-    service = served["Service"](folder, version.digest)
+@pytest.mark.parametrize("kind", ["luma of one size", "RGB of free sides"])
+def test_what_is_imported_is_served_in_exact_tiles(
+    mlflow_home: Path, file: Path, elsewhere: bytes, tmp_path: Path, kind: str
+) -> None:
+    free, least = elsewhere, (1, 1)
+    if kind.startswith("luma"):
+        free, least = foreign.adapted(small["luma_bytes"](5)), FIXED_PX
+        file = tmp_path / "luma.onnx"
+        file.write_bytes(small["luma_bytes"](5, FIXED_PX))
+    made = import_model(str(file), "m", "Apache-2.0")
+    registry, scale = Registry(), made["scale"]
+    folder = registry.fetch(registry.resolve("m:1"), mlflow_home / "cache")
+    run = session_of(free, foreign.probed(free))
+    service = served["Service"](folder, made["digest"])  # tiles of 48 px where sides are free
     try:
-        for height, width in ((61, 77), (28, 32), (27, 90), (5, 3)):
+        for height, width, tiling in ((61, 77, "tiled"), (28, 32, "whole"), (27, 190, "tiled"), (5, 3, "whole")):
             picture = photo(height, width)
             response = service.upscale(served["png"](picture))
             assert response.status_code == 200, response.text
-            padded = np.pad(picture, ((0, max(0, 28 - height)), (0, max(0, 32 - width)), (0, 0)), mode="edge")
-            whole = imaging.to_hwc_u8(free(imaging.to_nchw_f32(padded)))[: 3 * height, : 3 * width]
+            assert response.headers["x-rayscale-tiling"].startswith(tiling)
+            padding = [(0, max(0, side - have)) for side, have in zip(least, (height, width), strict=True)]
+            padded = np.pad(picture, (*padding, (0, 0)), mode="edge")
+            whole = imaging.to_hwc_u8(run(imaging.to_nchw_f32(padded)))[: height * scale, : width * scale]
             assert np.array_equal(served["decoded"](response.content), whole)
     finally:
         service.gateway.close()
