@@ -439,6 +439,9 @@ def as_one(run: Callable[[Mapping[str, F32]], F32], leads: Mapping[str, tuple[in
 
     leads: by name the axes between batch and sides, (3,) of a picture, (T, 3) of a burst; in the order of the channels.
     """
+    if len(leads) == 1:
+        ((name, lead),) = leads.items()
+        return lambda nchw: run({name: np.ascontiguousarray(nchw.reshape(len(nchw), *lead, *nchw.shape[2:]))})
     ends = np.cumsum([math.prod(lead) for lead in leads.values()])[:-1]
 
     def of_all(nchw: F32) -> F32:
