@@ -62,6 +62,16 @@ class Spec:
                 "set halo_px (input pixels) or halo_why_none",
             )
 
+    @property
+    def fixed_px(self) -> tuple[int, int] | None:
+        """(height, width) of the only pictures it takes, where its sides are fixed.
+
+        With a halo, larger pictures are cut into windows of this size, and smaller ones padded to it by their borders'
+        pixels, below and on the right; without one, other sizes are refused.
+        """
+        height, width = self.inputs[0].shape[-2:] if self.inputs and len(self.inputs[0].shape) >= 4 else ("h", "w")
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:

@@ -552,11 +552,16 @@ def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -
     assert session.runs[1:] in ([[2, 3]], [[3]])
 
 
-def test_a_picture_of_the_wrong_size_for_a_model_of_one_size_is_refused() -> None:
-    spec = picture_spec("transform", image=("n", 3, 16, 24))
-    assert plan(spec, 16, 24, EngineSettings()).tiling == "whole"
+def test_a_model_of_one_size_takes_others_in_tiles_of_it_or_refuses_them() -> None:
+    tiled = picture_spec("transform", image=("n", 3, 16, 24))
+    only = replace(tiled, halo_px=None, halo_why_none="looks everywhere")
+    for spec in (tiled, only):
+        assert plan(spec, 16, 24, EngineSettings()).tiling == "whole"
     with pytest.raises(ImageError, match="image=24x17: this model takes pictures of 24x16 px only"):
-        plan(spec, 17, 24, EngineSettings())
+        plan(only, 17, 24, EngineSettings())
+    found = plan(tiled, 17, 5, EngineSettings())
+    assert (found.tiling, found.padded_height, found.padded_width) == ("tiled 2", 17, 24)
+    assert {(t.height, t.width) for t in found.tiles} == {(16, 24)}
 
 
 # --- memory

@@ -229,6 +229,7 @@ def _card(registry: Registry, version: Version) -> tuple[ModelCard | None, str]:
 def _card_facts(card: ModelCard) -> dict[str, str]:
     spec, lineage = card.spec, card.lineage
     halo = f"{spec.halo_px} px" + (f", within {spec.halo_error:.2g}" if spec.halo_error else "")
+    halo += "" if spec.fixed_px is None else ", tiles of {1}x{0} px".format(*spec.fixed_px)
     return {
         "does": f"{spec.kind} x{spec.scale}, family {card.family}",
         "inputs": "; ".join(f"{t.name} {list(t.shape)}" for t in spec.inputs),

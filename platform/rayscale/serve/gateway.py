@@ -11,14 +11,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
-from rayscale.serve.engine import Runner
+from rayscale.serve.batching import Timing
+from rayscale.serve.engine import Canvas, Runner
 from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
@@ -196,6 +197,16 @@ class Gateway:
     async def codec(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """`work(*args)` in a thread for codecs; its result and its seconds."""
         return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
+
+    async def made(
+        self, digest: str, canvas: Canvas, deadline: float, work: Callable[..., T], *args: Any
+    ) -> tuple[Timing, T, float]:
+        """A canvas' tiles through the engine, then `codec(work, *args)`: where the time went, result and seconds."""
+
+        def then(timing: Timing) -> Future[tuple[Timing, T, float]]:
+            return self._codecs.submit(lambda: (timing, *_timed(work, args)))
+
+        return await self.engine.run_then(digest, canvas.tiles, canvas.place, then, deadline=deadline)
 
     async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.

@@ -14,6 +14,7 @@ from rayscale.serve.answers import negotiate, respond
 from rayscale.serve.body import JSON, Body, read_body
 from rayscale.serve.gateway import Gateway, Role, who_asks
 from rayscale.serve.generate import GenerateRequest, check, generate
+from rayscale.serve.lean import LeanRoute
 from rayscale.serve.methods import Merging, Restoring, Upscaling
 from rayscale.serve.transform import Finish, by_method, by_model
 
@@ -66,7 +67,7 @@ _MASK = "of the picture's size; white where pixels are missing. Without it, tran
 
 def routes(gateway: Gateway) -> APIRouter:
     """The routes over one gateway."""
-    router = APIRouter(tags=["pictures"])
+    router = APIRouter(tags=["pictures"], route_class=LeanRoute)
     answers = pages.picture_answers(
         pages.headers(**{k.replace("-", "_"): v for k, v in pages.OF_PICTURES.items()}),
         pages.pictures_json(tiling="tiled 9", size="2048x1536"),
