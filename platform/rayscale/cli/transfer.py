@@ -66,8 +66,8 @@ def import_model(
     if card:
         found = _declared(model, file, card)
     else:
-        model, given = foreign.adapted(model), model
-        recipe = f"imported {Path(file).name}{'' if model is given else ', a network of luma'}"
+        model, original = foreign.adapted(model), model
+        recipe = f"imported {Path(file).name}{'' if model is original else ', a network of luma'}"
         found = _measured(model, recipe, licence.strip(), halo, untiled.strip())
     spec = found.spec
     sides = f"steps of {spec.align} px" if spec.fixed_px is None else "{1}x{0} px only".format(*spec.fixed_px)
