@@ -21,7 +21,7 @@ from rayscale.artifact import Session, digest_of
 from rayscale.serve.api import create_app
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Gateway, GatewaySettings, role_of
-from rayscale.serve.rollout import Release, Table
+from rayscale.serve.table import Release, Table
 
 U8 = NDArray[np.uint8]
 SIZE = (37, 29)  # where sides are free
@@ -45,6 +45,7 @@ class FakeRouting:
             versions={r.digest: r for r in releases},
         )
         self.held: Mapping[str, str] = {}
+        self.watched: Mapping[str, str] = {}
         self.reason = ""
 
 

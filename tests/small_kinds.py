@@ -90,10 +90,10 @@ def burst(folder: Path, *, frames: int = 3) -> str:
     return _write(folder, model, ModelCard(family="mean", spec=spec, licence="MIT"))
 
 
-def generator(folder: Path, *, classes: bool = True) -> str:
-    """sigmoid(z W (+ label V)) as pictures of 6 px."""
+def generator(folder: Path, *, classes: bool = True, side_px: int = SIDE) -> str:
+    """sigmoid(z W (+ label V)) as pictures of side_px."""
     rng = np.random.default_rng(2)
-    size = 3 * SIDE**2
+    size = 3 * side_px**2
     nodes = [helper.make_node("MatMul", ["z", "w"], ["a"])]
     if classes:
         nodes += [helper.make_node("MatMul", ["label", "v"], ["b"]), helper.make_node("Add", ["a", "b"], ["c"])]
@@ -101,16 +101,16 @@ def generator(folder: Path, *, classes: bool = True) -> str:
         helper.make_node("Sigmoid", ["c" if classes else "a"], ["d"]),
         helper.make_node("Reshape", ["d", "shape"], ["image_out"]),
     ]
-    constants = {"w": rng.standard_normal((LATENT, size)), "shape": np.array([-1, 3, SIDE, SIDE], np.int64)}
+    constants = {"w": rng.standard_normal((LATENT, size)), "shape": np.array([-1, 3, side_px, side_px], np.int64)}
     inputs: dict[str, Any] = {"z": ["n", LATENT]}
     specs = [TensorSpec(name="z", shape=("n", LATENT), low=-4.0, high=4.0)]
     if classes:
         constants["v"] = 2 * rng.standard_normal((len(CLASSES), size))
         inputs["label"] = ["n", len(CLASSES)]
         specs.append(TensorSpec(name="label", shape=("n", len(CLASSES))))
-    model = _model(nodes, inputs, ("image_out", ["n", 3, SIDE, SIDE]), constants)
+    model = _model(nodes, inputs, ("image_out", ["n", 3, side_px, side_px]), constants)
     spec = Spec(
-        kind="generate", inputs=tuple(specs), outputs=(TensorSpec(name="image_out", shape=("n", 3, SIDE, SIDE)),)
+        kind="generate", inputs=tuple(specs), outputs=(TensorSpec(name="image_out", shape=("n", 3, side_px, side_px)),)
     )
     card = ModelCard(family="small-gan", spec=spec, licence="MIT", classes=CLASSES if classes else ())
     return _write(folder, model, card)

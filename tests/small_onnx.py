@@ -1,5 +1,7 @@
 """A small x2 upscaler as an artifact, built without torch: two 3x3 convolutions, random weights, exact halo 2 px.
 
+And a small x3 network of luma, its sides free or fixed: what others make.
+
 `runpy.run_path` loads it where tests need one: test folders are no packages.
 """
 
@@ -15,8 +17,11 @@ from rayscale import artifact
 from rayscale.contract import ModelCard, Spec, TensorSpec
 
 
-def model_bytes(seed: int) -> bytes:
-    """nearest(x) + detail(x), clipped to [0, 1]: f32[n, 3, h, w] -> f32[n, 3, 2h, 2w]."""
+def model_bytes(seed: int, *, fails_at: float | None = None) -> bytes:
+    """nearest(x) + detail(x), clipped to [0, 1]: f32[n, 3, h, w] -> f32[n, 3, 2h, 2w].
+
+    `fails_at`: ONNX Runtime refuses to run it where the first sample is larger.
+    """
     rng = np.random.default_rng(seed)
     constants = {
         "w1": 0.3 * rng.standard_normal((8, 3, 3, 3)),
@@ -32,15 +37,60 @@ def model_bytes(seed: int) -> bytes:
         helper.make_node("DepthToSpace", ["c"], ["detail"], blocksize=2, mode="CRD"),
         helper.make_node("Resize", ["image", "", "sizes"], ["base"], mode="nearest"),
         helper.make_node("Add", ["base", "detail"], ["sum"]),
-        helper.make_node("Clip", ["sum", "low", "high"], ["image_out"]),
+        helper.make_node("Clip", ["sum", "low", "high"], ["image_out" if fails_at is None else "clipped"]),
     ]
+    if fails_at is not None:  # the second of one element
+        constants |= {"nothing": np.zeros(1), "bound": np.array(fails_at), "first": np.zeros((1, 4))}
+        nodes += [
+            helper.make_node("GatherND", ["image", "first"], ["sample"]),
+            helper.make_node("Greater", ["sample", "bound"], ["is_larger"]),
+            helper.make_node("Cast", ["is_larger"], ["index"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["nothing", "index"], ["zero"]),
+            helper.make_node("Add", ["clipped", "zero"], ["image_out"]),
+        ]
     edges = [
         helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "h", "w"]),
         helper.make_tensor_value_info("image_out", TensorProto.FLOAT, ["n", 3, "h2", "w2"]),
     ]
-    weights = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in constants.items()]
+    constants = {k: v.astype(np.int64 if k == "first" else np.float32) for k, v in constants.items()}
+    weights = [numpy_helper.from_array(v, k) for k, v in constants.items()]
     graph = helper.make_graph(nodes, "small", edges[:1], edges[1:], weights)
     model = onnx.ModelProto(ir_version=10, graph=graph, opset_import=[helper.make_opsetid("", 20)])
+    return bytes(model.SerializeToString())
+
+
+def luma_bytes(seed: int, fixed_px: tuple[int, int] | None = None, *, opset: int = 10) -> bytes:
+    """nearest(y) + detail(y): f32[n, 1, h, w] -> f32[n, 1, 3h, 3w], which sees 3 px far.
+
+    fixed_px: (h, w) as constants in the graph, as an old exporter leaves them. Equal seeds have equal weights.
+    """
+    rng = np.random.default_rng(seed)
+    w1, w2 = 0.2 * rng.standard_normal((6, 1, 5, 5)), 0.02 * rng.standard_normal((9, 6, 3, 3))
+    w1[0], w2[:, 0] = np.eye(25)[12].reshape(1, 5, 5), np.eye(9)[4].reshape(3, 3)  # the pixel itself
+    constants = {"w1": w1.astype(np.float32), "w2": w2.astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["image", "w1"], ["a"], pads=[2, 2, 2, 2]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+    ]
+    h, w = fixed_px or ("h", "w")
+    if fixed_px is None:
+        nodes.append(helper.make_node("DepthToSpace", ["c"], ["y"], blocksize=3))
+    else:
+        constants |= {"split": np.array([-1, 1, 3, 3, h, w]), "join": np.array([-1, 1, 3 * h, 3 * w])}
+        nodes += [
+            helper.make_node("Reshape", ["c", "split"], ["d"]),
+            helper.make_node("Transpose", ["d"], ["e"], perm=[0, 1, 4, 2, 5, 3]),
+            helper.make_node("Reshape", ["e", "join"], ["y"]),
+        ]
+    tall, wide = ("h3", "w3") if fixed_px is None else (3 * h, 3 * w)
+    edges = [
+        helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, h, w]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1, tall, wide]),
+    ]
+    weights = [numpy_helper.from_array(v, k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "luma", edges[:1], edges[1:], weights)
+    model = onnx.ModelProto(ir_version=4, graph=graph, opset_import=[helper.make_opsetid("", opset)])
     return bytes(model.SerializeToString())
 
 
@@ -57,7 +107,7 @@ def card(*, halo_px: int | None = 2, align: int = 1, kind: str = "transform") ->
     return ModelCard(family="small", spec=spec, licence="MIT")
 
 
-def write(folder: Path, seed: int = 0, **changes: object) -> str:
+def write(folder: Path, seed: int = 0, *, fails_at: float | None = None, **changes: object) -> str:
     """Write the artifact; its digest."""
     golden = np.random.default_rng(7).random((1, 3, 12, 16), np.float32)
-    return artifact.write(folder, model_bytes(seed), card(**changes), {"image": golden})  # type: ignore[arg-type]
+    return artifact.write(folder, model_bytes(seed, fails_at=fails_at), card(**changes), {"image": golden})  # type: ignore[arg-type]

@@ -62,6 +62,16 @@ class Spec:
                 "set halo_px (input pixels) or halo_why_none",
             )
 
+    @property
+    def fixed_px(self) -> tuple[int, int] | None:
+        """(height, width) of the only pictures it takes, where its sides are fixed.
+
+        With a halo, larger pictures are cut into windows of this size, and smaller ones padded to it by their borders'
+        pixels, below and on the right; without one, other sizes are refused.
+        """
+        height, width = self.inputs[0].shape[-2:] if self.inputs and len(self.inputs[0].shape) >= 4 else ("h", "w")
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
@@ -104,6 +114,17 @@ class Scores:
         """Mean over the images, NaN for an empty suite."""
         values = self.metrics[metric]
         return sum(values) / len(values) if values else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs where it was measured, in rounds that it took turns in with what it is compared to."""
+
+    subject: str  # an artifact's digest
+    hardware: str  # execution provider, processor, number of CPUs: figures of unlike ones are never compared
+    ms_per_megapixel: tuple[float, ...]  # a round each: CPU time of all threads; on a GPU wall time
+    memory_mib: float | None  # that its session holds once it ran: weights and working memory; None: not known there
+    schema: int = SCHEMA
 
 
 def to_json(value: Any) -> Any:

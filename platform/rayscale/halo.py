@@ -25,6 +25,8 @@ def error_of(forward: Callable[[Mapping[str, F32]], Mapping[str, F32]], spec: Sp
     leads = {t.name: tuple(a if isinstance(a, int) else 2 for a in t.shape[1:-2]) for t in spec.inputs}
     run = imaging.as_one(lambda given: forward(given)[spec.outputs[0].name], leads)
     channels = sum(map(math.prod, leads.values()))
+    if spec.fixed_px is not None:
+        return shifted_error(run, channels, spec.fixed_px, scale=spec.scale, halo_px=spec.halo_px, align=spec.align)
     return stitched_error(run, channels, scale=spec.scale, halo_px=spec.halo_px, align=spec.align)
 
 
@@ -42,27 +44,59 @@ def stitched_error(run: Run, channels: int, *, scale: int, halo_px: int, align: 
     return worst
 
 
-def reach(run: Run, channels: int, *, scale: int, align: int, short_px: int = 16) -> int | None:
+def shifted_error(run: Run, channels: int, fixed_px: tuple[int, int], *, scale: int, halo_px: int, align: int) -> float:
+    """max |window - window| where windows of the only size that `run` takes lie over each other, their halos apart.
+
+    Where it is 0, a pixel is the same whichever window it is taken from. Windows stand at multiples of align.
+    """
+    rng = np.random.default_rng(1)
+    worst = 0.0
+    for axis, side in enumerate(fixed_px, 2):
+        room = (side - 2 * halo_px - 1) // align * align  # the furthest that two windows share a pixel at
+        if room < align:
+            return math.inf
+        for shift in {align, min(3 * align, room), room}:
+            sides = [px + shift if i == axis else px for i, px in enumerate(fixed_px, 2)]
+            picture = np.moveaxis(rng.random((1, channels, *sides)).astype(np.float32), axis, 0)
+            first, second = (
+                np.moveaxis(run(np.ascontiguousarray(np.moveaxis(picture[start : start + side], 0, axis))), axis, 0)
+                for start in (0, shift)
+            )
+            ours = first[(shift + halo_px) * scale : (side - halo_px) * scale]
+            theirs = second[halo_px * scale : (side - shift - halo_px) * scale]
+            worst = float(np.maximum(worst, np.abs(ours - theirs).max()))  # NaN stays NaN
+    return worst
+
+
+def reach(
+    run: Run, channels: int, *, scale: int, align: int, short_px: int = 16, fixed_px: tuple[int, int] | None = None
+) -> int | None:
     """How many pixels beyond its own place an output pixel sees, by changing all on one side of a line.
 
-    The line stands at multiples of align, as the borders of tiles do. None: further than strips of LONGEST_PX show.
+    The line stands at multiples of align, as the borders of tiles do. None: further than strips of LONGEST_PX show,
+    or than a quarter of the only size that `run` takes.
     """
+    if fixed_px is not None:
+        seen = max(_reach_along(run, channels, axis, fixed_px, scale, align) for axis in (2, 3))
+        return seen if 4 * seen <= min(fixed_px) else None
     length, short = _up(128, align), _up(short_px, align)
     while length <= LONGEST_PX:
-        found = [_reach_along(run, channels, axis, length, short, scale, align) for axis in (2, 3)]
+        found = [
+            _reach_along(run, channels, axis, (length, short) if axis == 2 else (short, length), scale, align)
+            for axis in (2, 3)
+        ]
         if max(found) < length // 4:
             return max(found)
         length *= 4
     return None
 
 
-def _reach_along(run: Run, channels: int, axis: int, length: int, short: int, scale: int, align: int) -> int:
+def _reach_along(run: Run, channels: int, axis: int, sides: tuple[int, int], scale: int, align: int) -> int:
     """Furthest changed output beyond the changed input along one axis, input pixels rounded up."""
     rng = np.random.default_rng(2)
-    sides = (length, short) if axis == 2 else (short, length)
     picture = rng.random((1, channels, *sides)).astype(np.float32)
     whole = run(picture)
-    middle = length // 2 // align * align
+    middle = sides[axis - 2] // 2 // align * align
     furthest = 0
     for line in (middle, middle + align):
         for before in (True, False):

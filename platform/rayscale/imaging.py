@@ -334,28 +334,37 @@ class Tile:
     keep_right: int
 
 
-def plan_tiles(height: int, width: int, *, tile_px: int, halo_px: int, align: int = 1) -> tuple[Tile, ...]:
+def padded_sides(height: int, width: int, *, align: int, fixed_px: tuple[int, int] | None = None) -> tuple[int, int]:
+    """What a picture's sides are padded to: multiples of align, no less than the only size that a network takes."""
+    tall, wide = (-(-side // align) * align for side in (height, width))
+    return (tall, wide) if fixed_px is None else (max(tall, fixed_px[0]), max(wide, fixed_px[1]))
+
+
+def plan_tiles(
+    height: int, width: int, *, tile_px: int | tuple[int, int], halo_px: int, align: int = 1
+) -> tuple[Tile, ...]:
     """Cut an image into equal windows, row by row, whose kept parts cover it once.
 
     Every kept pixel has halo_px of real context in its window, or the window ends at the image's own border, where
     the network pads as it would on the whole: so with halo_px = the receptive radius the stitched result is the
     untiled one, to the bit. Windows start at multiples of align; the last one is moved inward instead of shrunk,
-    so all have one shape: tile_px a side, or the image's where that is smaller.
+    so all have one shape: tile_px a side (or height and width), or the image's where that is smaller.
 
     Raises: ConfigError where halos leave a tile nothing of its own, or a side is no multiple of align.
     """
-    if align < 1 or tile_px % align:
-        raise ConfigError("tile_px", tile_px, f"must be a multiple of align, {align}", "round it up")
-    if halo_px < 0 or (tile_px - 2 * halo_px) // align < 1:
-        least = -(-(2 * halo_px + align) // align) * align
-        raise ConfigError(
-            "tile_px", tile_px, f"must exceed two halos of {halo_px} px by {align}", f"use {least} or more"
-        )
+    tall, wide = (tile_px, tile_px) if isinstance(tile_px, int) else tile_px
+    for side in (tall, wide):
+        if align < 1 or side % align:
+            raise ConfigError("tile_px", side, f"must be a multiple of align, {align}", "round it up")
+        if halo_px < 0 or (side - 2 * halo_px) // align < 1:
+            least = -(-(2 * halo_px + align) // align) * align
+            rule = f"must exceed two halos of {halo_px} px by {align}"
+            raise ConfigError("tile_px", side, rule, f"use {least} or more")
     if min(height, width) < 1 or height % align or width % align:
         raise ConfigError("image", f"{width}x{height}", f"sides must be multiples of align, {align}", "pad it first")
-    rows, columns = (_spans(side, tile_px, halo_px, align) for side in (height, width))
+    rows, columns = _spans(height, tall, halo_px, align), _spans(width, wide, halo_px, align)
     return tuple(
-        Tile(y, x, min(tile_px, height), min(tile_px, width), top, bottom, left, right)
+        Tile(y, x, min(tall, height), min(wide, width), top, bottom, left, right)
         for y, top, bottom in rows
         for x, left, right in columns
     )
@@ -389,19 +398,29 @@ def place(out_nchw: F32, result_nchw: F32, tile: Tile, scale: int) -> None:
 
 
 def run_tiled(
-    run: Callable[[F32], F32], nchw: F32, *, scale: int, tile_px: int | None, halo_px: int | None, align: int
+    run: Callable[[F32], F32],
+    nchw: F32,
+    *,
+    scale: int,
+    tile_px: int | None,
+    halo_px: int | None,
+    align: int,
+    fixed_px: tuple[int, int] | None = None,
 ) -> F32:
     """run(f32[n, c, h, w]) over an image of any size: in tiles, or whole where it fits or no halo is exact.
 
-    Sides are padded to multiples of align with the border's pixels, and the result is cropped: f32[n, c, h * scale,
-    w * scale]. Raises: ConfigError as `plan_tiles` and `place`.
+    Sides are padded to what `padded_sides` says with the border's pixels, and the result is cropped: f32[n, c,
+    h * scale, w * scale]. fixed_px: the only size that `run` takes, and so the tiles'.
+    Raises: ConfigError as `plan_tiles` and `place`.
     """
     height, width = nchw.shape[2:]
-    down, right = -height % align, -width % align
+    sides = padded_sides(height, width, align=align, fixed_px=fixed_px)
+    down, right = sides[0] - height, sides[1] - width
     padded = np.pad(nchw, ((0, 0), (0, 0), (0, down), (0, right)), mode="edge") if down or right else nchw
-    sides = padded.shape[2], padded.shape[3]
-    if tile_px is None or halo_px is None:
-        tiles: tuple[Tile, ...] = (Tile(0, 0, *sides, 0, sides[0], 0, sides[1]),)
+    if halo_px is not None and fixed_px is not None:
+        tiles = plan_tiles(*sides, tile_px=fixed_px, halo_px=halo_px, align=align)
+    elif tile_px is None or halo_px is None:
+        tiles = (Tile(0, 0, *sides, 0, sides[0], 0, sides[1]),)
     else:
         tiles = plan_tiles(*sides, tile_px=tile_px, halo_px=halo_px, align=align)
     out: F32 | None = None
@@ -420,6 +439,9 @@ def as_one(run: Callable[[Mapping[str, F32]], F32], leads: Mapping[str, tuple[in
 
     leads: by name the axes between batch and sides, (3,) of a picture, (T, 3) of a burst; in the order of the channels.
     """
+    if len(leads) == 1:
+        ((name, lead),) = leads.items()
+        return lambda nchw: run({name: np.ascontiguousarray(nchw.reshape(len(nchw), *lead, *nchw.shape[2:]))})
     ends = np.cumsum([math.prod(lead) for lead in leads.values()])[:-1]
 
     def of_all(nchw: F32) -> F32:

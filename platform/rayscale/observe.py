@@ -55,6 +55,7 @@ METRICS = {
         Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a request's tiles waited for their device"),
         Metric("rayscale_tiles_total", "counter", ("model",), "Tiles run by the engine"),
         Metric("rayscale_model_swaps_total", "counter", ("model", "result"), "Versions prepared, or refused"),
+        Metric("rayscale_rollbacks_total", "counter", ("model", "of"), "Champions and canaries taken back by serving"),
     )
 }
 

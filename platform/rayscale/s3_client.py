@@ -186,7 +186,8 @@ def client() -> Any:
 
 
 def gets() -> Gets:
-    settings = (os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    names = sorted(name for name in os.environ if name.startswith("AWS_"))  # items() would decode all values
+    settings = (os.getpid(), *((name, os.environ[name]) for name in names))
     with _clients_lock:
         if settings not in _clients:
             _clients[settings] = _new_client()

@@ -23,7 +23,7 @@ from rayscale.bulk.work import Done, Item, Ledger
 from rayscale.bulk.workers import Maker, Making
 from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.serve.engine import EngineSettings
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 from rayscale.storage import LocalStore
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))

@@ -26,7 +26,7 @@ from rayscale import imaging
 from rayscale.errors import IntegrityError
 from rayscale.imaging import Limits
 from rayscale.serve.answers import Format, negotiate
-from rayscale.serve.rollout import Release, Table
+from rayscale.serve.table import Release, Table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 served = runpy.run_path(str(Path(__file__).parents[1] / "service.py"))
@@ -350,7 +350,7 @@ def test_a_client_that_hangs_up_stops_its_work(service: Service, monkeypatch: py
             cancelled.append(True)
             raise
 
-    monkeypatch.setattr(service.engine, "run", slow)
+    monkeypatch.setattr(service.engine, "run_then", slow)
     messages = [{"type": "http.request", "body": png(photo())}, {"type": "http.disconnect"}]
 
     async def main() -> None:
@@ -426,14 +426,14 @@ import rayscale.serve.app  # the whole of serving, Ray Serve's shell included
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.api import create_app
 from rayscale.serve.gateway import Gateway, GatewaySettings
-from rayscale.serve.rollout import Release, Table
+from rayscale.serve.table import Release, Table
 
 folder, digest = sys.argv[1:]
 release = Release(name="photos", version=1, digest=digest, uri=folder)
 
 class Routing:
     table = Table(generation=1, routes={{"photos@champion": ((digest, 1.0),)}}, versions={{digest: release}})
-    held, reason = {{}}, ""
+    held, watched, reason = {{}}, {{}}, ""
 
 class Meters:
     def add(self, *args, **labels): pass

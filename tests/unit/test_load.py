@@ -26,10 +26,10 @@ from rayscale import artifact
 from rayscale.artifact import Abort
 from rayscale.contract import ModelCard
 from rayscale.serve.api import create_app
-from rayscale.serve.batching import Item, Job, Queue
+from rayscale.serve.batching import Item, Job, Model, Queue, TileJob
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Admission, Gateway, GatewaySettings
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 service = runpy.run_path(str(Path(__file__).parents[1] / "service.py"))
@@ -188,7 +188,7 @@ def test_five_times_too_much_work_costs_no_goodput() -> None:
     good = [answer for answer in answers if answer.status_code == 200]
     capacity = took_s / statistics.mean(device.runs)  # as this machine sleeps
     print(f"\ngoodput {len(good) / capacity:.3f} of capacity; {len(device.runs)} runs, {len(good)} answers")
-    assert len(good) >= 0.85 * capacity  # seen: 0.98, on a busy machine
+    assert len(good) >= 0.9 * capacity  # seen: 0.95 to 0.98, on a busy machine
     told = [check_refusal(answer) for answer in answers if answer.status_code != 200]
     assert len(told) > 2 * len(good)
     assert told.count(0) < len(good)
@@ -346,13 +346,55 @@ def p95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
+def waits(queue: Queue, gaps: list[float], thumbnail_s: float, tiles: int) -> list[float]:
+    """How long each thumbnail of one client waited, in tiles of a picture of so many, on a clock of its own.
+
+    gaps: from the end of one thumbnail to the next one's coming, which is while a batch runs that began before.
+    """
+    model, now, found = Model(Device(), 1.0), 0.0, []
+    whole, part = (np.zeros((side, side, 3), np.uint8) for side in (TILE_PX, TILE_PX // 2))
+
+    def job(pieces: list[NDArray[np.uint8]]) -> TileJob:
+        return TileJob(model=model, deadline=math.inf, tiles=pieces, place=lambda index, result: None)
+
+    if tiles:
+        queue.put(job([whole] * tiles))
+    for gap in gaps:
+        comes = now + gap
+        while now < comes and (batch := queue.take(now)):
+            now += len(batch)
+        now = max(now, comes)
+        queue.put(thumbnail := job([part]))
+        while (batch := queue.take(now))[0][0] is not thumbnail:
+            now += len(batch)
+        found.append(now - comes)
+        now += thumbnail_s
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=st.lists(st.floats(0.0, 5.0), min_size=1, max_size=40),
+    thumbnail_s=st.floats(0.01, 1.0),
+    max_batch=st.integers(1, 4),
+)
+def test_no_thumbnail_waits_for_more_than_the_batch_that_runs(
+    gaps: list[float], thumbnail_s: float, max_batch: int
+) -> None:
+    tiles = 3000 * 4000 // TILE_PX**2
+    beside = waits(Queue(max_batch), gaps, thumbnail_s, tiles)
+    assert max(beside) <= max_batch + 1e-6  # one batch of its tiles
+    assert max(waits(Queue(max_batch), gaps, thumbnail_s, 0)) == 0.0
+    assert waits(FirstComeFirstServed(max_batch), [1.0], thumbnail_s, tiles)[0] > 2 * max_batch
+
+
 def test_a_picture_of_12_megapixels_delays_thumbnails_by_one_tile() -> None:
     device = Device()
     alone, beside = queued(device, Queue, (3000, 4000), 20)
     tile_s = statistics.median(run for run in device.runs if run > 0.8 * TILE_S)
     rise = (p95(beside) - p95(alone)) / tile_s
     print(f"\np95 of the thumbnails' queue rises by {rise:.2f} tiles")
-    assert rise < 2  # one, and what a busy machine takes to hand over
+    assert rise < 2  # one, by the clock of the test above, and what a busy machine takes to hand over
     assert statistics.median(beside) - statistics.median(alone) < tile_s  # half of one; behind one more: 1.5
     alone, beside = queued(Device(), FirstComeFirstServed, (64, 64 * 16), 1)
     assert beside[0] - alone[0] > 5 * tile_s

@@ -189,7 +189,7 @@ def test_a_chunk_that_met_two_dead_engines_fails_its_own_request(start: Start) -
     failed, *fine = asyncio.run(main())
     assert isinstance(failed, UnavailableError)
     assert "two engines died" in str(failed)
-    assert line.remote.outcomes() == {"d": (0, 1)}
+    assert line.remote.outcomes()["d"][:2] == (0, 1)
     for found in fine:
         np.testing.assert_array_equal(found, doubled(hwc))  # type: ignore[arg-type]
 

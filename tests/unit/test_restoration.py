@@ -76,7 +76,8 @@ def radius(net: nn.Module, inputs: tuple[Tensor, ...], which: int, align_px: int
         Restore(features=4, depth=4, dilations=(1, 3)),
         Restore(features=4, depth=2, shuffle=2),
         Restore(features=4, depth=2, shuffle=4),
-        Restore(features=4, depth=2, masked=True, fill_levels=3),
+        Restore(features=4, depth=2, masked=True, fill_levels=3, fill_steps=0),
+        Restore(features=4, depth=2, masked=True, fill_levels=2, fill_steps=3),
     ],
     ids=str,
 )
@@ -115,7 +116,7 @@ def test_known_pixels_stay_and_missing_ones_are_not_looked_at(ratio: float, fill
 
 
 def test_the_first_filling_continues_what_is_around() -> None:
-    net = Filled(nn.Identity(), levels=4)
+    net = Filled(nn.Identity(), levels=4, steps=200)
     x = torch.linspace(0.2, 0.8, 32).expand(1, 3, 24, 32)
     mask = torch.zeros(1, 1, 24, 32)
     mask[:, :, 6:18, 10:22] = 1
@@ -123,6 +124,9 @@ def test_the_first_filling_continues_what_is_around() -> None:
     assert torch.allclose(net.first_filling(flat, mask), flat, atol=1e-4)
     assert (net.first_filling(x, mask) - x).abs().max() < 0.15
     assert (x * (1 - mask) - x).abs().max() > 0.5  # negative control: of no filling
+    diffused = net.diffused(net.first_filling(x, mask), mask)
+    assert torch.equal(diffused * (1 - mask), x * (1 - mask))
+    assert (diffused - x).abs().max() < 1e-3  # a ramp is harmonic
 
 
 @settings(max_examples=15, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import runpy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from rayscale import contract, storage
 from rayscale.artifact import Device
 from rayscale.errors import ConfigError, IntegrityError, MissingError, UnavailableError
 from rayscale.serve import follower as follower_module
-from rayscale.serve import rollout as rollout_module
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
 from rayscale.serve.remote import Chunk, RemoteEngine, Reply
-from rayscale.serve.rollout import Desired, Orders, Release, Report, Rollout, Table, read_desired, read_table
+from rayscale.serve.rollout import Canary, Desired, Orders, Report, Rollout, read_desired
+from rayscale.serve.table import Release, Table, read_table, write_table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 
@@ -258,7 +258,9 @@ def test_what_is_no_jump_of_errors_stays(ok: int, failed: int, now: float) -> No
 
 def test_engines_that_die_of_a_version_count_against_it() -> None:
     state = on_trial()
-    state.sync(counted("gateway", 0, 5, runs=False), 2.0)
+    state.sync(counted("gateway", 0, 7, runs=False), 1.5)  # what it counted before it was heard is of former days
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+    state.sync(counted("gateway", 0, 12, runs=False), 2.0)
     assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
 
 
@@ -284,7 +286,7 @@ def test_the_table_survives_a_restart(tmp_path: Path) -> None:
     store = storage.open_store(tmp_path / "state")
     assert read_table(store, "table.json") == Table()
     table = serving_one().table
-    rollout_module.write_table(store, "table.json", table)
+    write_table(store, "table.json", table)
     assert read_table(store, "table.json") == table
     newer = contract.dumps(table).replace('"schema": 1', '"schema": 2')
     store.write("table.json", newer.encode())
@@ -301,8 +303,12 @@ class FakeRegistry:
 
     known: dict[str, Release | Exception]
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted({reference.partition("@")[0] for reference in self.known}))
+    def standing(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for reference in sorted(self.known):
+            name, _, alias = reference.partition("@")
+            found.setdefault(name, {})[alias] = getattr(self.known[reference], "version", 0)
+        return found
 
     def resolve(self, reference: str) -> Release:
         match self.known.get(reference):
@@ -425,6 +431,25 @@ def test_a_replica_keeps_the_old_table_until_it_has_all_of_the_new_one(tmp_path:
         await replica.steps()
         assert replica.follower.table.generation == 9
         assert replica.engine.digests == {TWO.digest}  # the unnamed one was let go
+
+    asyncio.run(main())
+
+
+def test_a_canary_that_a_replica_cannot_load_holds_it_up_no_more_than_it_must(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        beside = {ROUTE: Canary(release=TWO, weight=0.5, key="k")}
+        state.desire(replace(desired(ONE), canaries=beside), 0.0)
+        state.sync(report("other", ONE, TWO), 0.0)
+        assert len(state.table.routes[ROUTE]) == 2
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[TWO.digest] = IntegrityError("digest", "x", "expected y", "fetch again")
+        await replica.steps()
+        assert (replica.follower.reason, replica.engine.digests) == ("", {ONE.digest})
+        assert [replica.follower.table.pick(ROUTE, draw) for draw in (0.1, 0.9)] == [ONE, ONE]
+        whole = Replica(state, tmp_path)  # control
+        await whole.steps()
+        assert [whole.follower.table.pick(ROUTE, draw) for draw in (0.1, 0.9)] == [ONE, TWO]
 
     asyncio.run(main())
 

@@ -21,7 +21,7 @@ from rayscale import classical, imaging, latents, metrics, picture
 from rayscale.imaging import Limits
 from rayscale.serve import body
 from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
-from rayscale.serve.rollout import Release, Table
+from rayscale.serve.table import Release, Table
 
 TESTS = Path(__file__).parents[1]
 small, kinds = runpy.run_path(str(TESTS / "small_onnx.py")), runpy.run_path(str(TESTS / "small_kinds.py"))

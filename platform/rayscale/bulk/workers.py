@@ -21,7 +21,7 @@ from rayscale.serve.batching import leads
 from rayscale.serve.body import Body, Parts
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Gateway, GatewaySettings, role_of
-from rayscale.serve.rollout import Release, Table
+from rayscale.serve.table import Release, Table
 from rayscale.serve.transform import Finish, by_model
 from rayscale.storage import home, open_store
 
@@ -106,7 +106,7 @@ class _Files(Body):
 class _NoRouting:
     """The release is known."""
 
-    table, held, reason = Table(), dict[str, str](), ""
+    table, held, watched, reason = Table(), dict[str, str](), dict[str, str](), ""
 
 
 class _NoMeters:

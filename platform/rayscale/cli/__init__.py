@@ -33,8 +33,11 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
     "evaluate": "rayscale.cli.evaluate:evaluate",
     "models list": "rayscale.cli.models:list_models",
     "models show": "rayscale.cli.models:show",
+    "models compare": "rayscale.cli.compare:compare",
+    "models promote": "rayscale.cli.promote:promote",
     "models history": "rayscale.cli.models:history",
     "models rollback": "rayscale.cli.models:rollback",
+    "models canary": "rayscale.cli.canary:canary",
     "models import": "rayscale.cli.transfer:import_model",
     "models export": "rayscale.cli.transfer:export_model",
     "models gc": "rayscale.cli.models:gc",
@@ -45,7 +48,7 @@ COMMANDS = {  # `rayscale NAME` -> module:function, imported only when it is cal
 
 GROUPS = {
     "data": "Photos to a dataset: pack it, check it, mend it, look at it, take photos out of it.",
-    "models": "What is in the registry: look at it, bring networks in, take them out, move an alias back.",
+    "models": "What is in the registry: look at it, compare, try out, bring in, take out, move an alias and back.",
 }
 
 

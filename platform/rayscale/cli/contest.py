@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -37,6 +38,7 @@ class Contender:
     provider: str = ""
     model: Model | None = None
     run_id: str = ""  # MLflow run that a version was trained in
+    folder: Path | None = None  # of a model's artifact
 
     @property
     def kind(self) -> Kind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from rayscale.artifact import CARD, Device, Session
 from rayscale.cli import pages
 from rayscale.cli.contest import Asked, Contender, Found, method_names, on_suite
 from rayscale.cli.disk import check_disks
-from rayscale.cli.scoring import device_of
+from rayscale.cli.scoring import device_of, file_name, suites_of
 from rayscale.contract import Scores, dumps
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, MissingError, nearest
@@ -69,19 +68,31 @@ def evaluate(
     where = device_of(device)
     check_disks(default_uri(), home())
     registry = Registry()
-    suites = _suites(registry, subject, suite or [], photos)
+    suites = suites_for(registry, subject, suite or [], photos)
     names = dict.fromkeys([subject, *(against or [CLASSICAL])])
-    contenders = _told_apart([_open(registry, name, where) for name in names if name != CLASSICAL])
+    contenders = told_apart([open_one(registry, name, where) for name in names if name != CLASSICAL])
     net = FeatureNet(uri=classifier) if classifier else None
     asked = Asked(CLASSICAL in names, self_ensemble, tuple(also or ()), net, show)
     found = {name: on_suite(one, contenders, asked) for name, one in suites.items()}
-    title = f"{contenders[0].label} on {', '.join(suites)}"
-    sections = [section for name, one in found.items() for section in _sections(name, one, contenders)]
+    return report(registry, contenders, found, out)
+
+
+def report(
+    registry: Registry,
+    contenders: Sequence[Contender],
+    found: Mapping[str, Found],
+    out: str,
+    first: Sequence[Section] = (),
+) -> dict[str, Any]:
+    """The page and the run of what was found on suites by name; the result of the command. first: above all else."""
+    title = f"{contenders[0].label} on {', '.join(found)}"
+    sections = [*first]
+    sections += [section for name, one in found.items() for section in _sections(name, one, contenders)]
     sections += _training(registry, contenders)
     texts = {REPORT: page(title, sections, f"rayscale {contract.code_version()}")}
     for name, one in found.items():
         texts[f"{name}/suite.json"] = dumps(one.suite)
-        texts |= {f"{name}/scores/{_file_name(label)}.json": dumps(scores) for label, scores in one.scores.items()}
+        texts |= {f"{name}/scores/{file_name(label)}.json": dumps(scores) for label, scores in one.scores.items()}
     pictures = {f"{name}/pictures.png": one.picture for name, one in found.items()}
     run_id = _record(registry, title, contenders[0], found, texts, pictures)
     if out:
@@ -90,15 +101,16 @@ def evaluate(
                            *((p, encode(u8, "png")) for p, u8 in pictures.items())):  # fmt: skip
             store.write(path, data)
     figures = {name: _figures(one.scores[contenders[0].label]) for name, one in found.items()}
-    report = artifact_uri(registry.client, run_id, REPORT)
-    return {"subject": contenders[0].label, "digest": contenders[0].subject, "run_id": run_id, "report": report,
+    uri = artifact_uri(registry.client, run_id, REPORT)
+    return {"subject": contenders[0].label, "digest": contenders[0].subject, "run_id": run_id, "report": uri,
             "suites": figures}  # fmt: skip
 
 
-def _open(registry: Registry, reference: str, device: Device) -> Contender:
+def open_one(registry: Registry, reference: str, device: Device) -> Contender:
     """A folder with a card, a classical method, or a version. Raises: MissingError with the nearest of all."""
     if (Path(reference) / CARD).is_file():
-        return _of_session(Path(reference).resolve().name, artifact.load(reference, device=device))
+        folder = Path(reference).resolve()
+        return _of_session(folder.name, artifact.load(folder, device=device), folder)
     if reference in method_names():
         return Contender(reference, reference)
     try:
@@ -111,14 +123,14 @@ def _open(registry: Registry, reference: str, device: Device) -> Contender:
         raise MissingError("model", reference, rule, remedy) from None
     folder = registry.fetch(version, home() / "cache" / "artifacts")
     session = artifact.load(folder, expect_digest=version.digest, device=device)
-    return _of_session(str(version), session, version.run_id)
+    return _of_session(str(version), session, folder, version.run_id)
 
 
-def _of_session(label: str, session: Session, run_id: str = "") -> Contender:
-    return Contender(label, session.digest, session.provider, evaluation.session_model(session), run_id)
+def _of_session(label: str, session: Session, folder: Path, run_id: str = "") -> Contender:
+    return Contender(label, session.digest, session.provider, evaluation.session_model(session), run_id, folder)
 
 
-def _told_apart(contenders: Sequence[Contender]) -> list[Contender]:
+def told_apart(contenders: Sequence[Contender]) -> list[Contender]:
     """Folders of one name get their digests beside it."""
     labels = Counter(label for label, _ in {(one.label, one.subject) for one in contenders})
     return [
@@ -126,12 +138,10 @@ def _told_apart(contenders: Sequence[Contender]) -> list[Contender]:
     ]
 
 
-def _suites(registry: Registry, subject: str, files: Sequence[str], photos: str) -> dict[str, Suite]:
+def suites_for(registry: Registry, subject: str, files: Sequence[str], photos: str) -> dict[str, Suite]:
     """{name: suite}: the files' by their names, or the one that the version was published with."""
     if files:
-        found = {_file_name(Path(file).stem): contract.loads(Suite, _read(file), file) for file in files}
-        if len(found) < len(files):
-            raise ConfigError("--suite", ", ".join(files), "two of one name", "rename one: reports go by file names")
+        found = suites_of(files)
     else:
         bare = subject in method_names() or (Path(subject) / CARD).is_file()
         tags = {} if bare else registry.resolve(subject).tags
@@ -139,11 +149,6 @@ def _suites(registry: Registry, subject: str, files: Sequence[str], photos: str)
             raise ConfigError("--suite", "(none)", f"{subject} names no suite to score it on", "give one as JSON")
         found = {"published": contract.loads(Suite, tags["suite"], f"suite of {subject}")}
     return {name: replace(one, photos_uri=photos) if photos else one for name, one in found.items()}
-
-
-def _read(file: str) -> bytes:
-    folder, slash, name = file.rpartition("/")
-    return open_store(folder or slash or ".").read(name)
 
 
 def _sections(name: str, found: Found, contenders: Sequence[Contender]) -> list[Section]:
@@ -213,7 +218,3 @@ def _record(
 
 def _figures(scores: Scores) -> dict[str, float]:
     return {metric: scores.mean(metric) for metric in scores.metrics}
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.\-]", "-", label)

@@ -16,11 +16,12 @@ from rayscale.errors import ConfigError, MissingError, RayscaleError
 from rayscale.evaluate import METRICS
 from rayscale.observe import log
 from rayscale.registry import moves
-from rayscale.registry.gate import Gate, Report, markdown
+from rayscale.registry.gate import Gate, Report, default_for, markdown
+from rayscale.registry.journal import EXTERNAL, FORCED, PROMOTE, ROLLBACK, Journal
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.registry.moves import Move
 from rayscale.storage import home
-from rayscale.tracking import Tracker, answering, artifact_uri, download
+from rayscale.tracking import answering, artifact_uri, download
 
 PICTURES = "samples.png"  # of a decision's run
 
@@ -118,19 +119,15 @@ def history(
 ) -> dict[str, Any]:
     """Who moved which alias of a model when, and what the gate held back.
 
-    Read from the MLflow runs that `promote` and `rollback` leave in the experiment `promotions`. MLflow itself keeps
-    no history of aliases: one that was moved by hand is told where it stands elsewhere than the last record says,
-    but not when, nor by whom.
+    Read from the model's journal and from the MLflow runs that `promote` leaves in the experiment `promotions`. An
+    alias that was moved by hand is told where it stands; the next promotion or rollback writes that down.
     """
     registry = Registry()
     registry.versions(name)  # a wrong name is told
-    aliases = registry.aliases(name)
+    aliases = {a: at for a, at in registry.aliases(name).items() if alias in ("", a)}
     recorded = [move for move in moves.read(registry, name) if alias in ("", move.alias)]
-    rows = [(m.at, m.alias, _told(m), m.who or "-", m.run_id) for m in recorded]
-    known = {
-        a: moves.last_known(recorded, a) for a in sorted({*aliases, *(m.alias for m in recorded)}) if alias in ("", a)
-    }
-    outside = {a: aliases.get(a) for a, last in known.items() if aliases.get(a) != last}
+    rows = [(m.at[:19], m.alias, _told(m), m.who or "-", m.run_id) for m in recorded]
+    outside = moves.unrecorded(recorded, aliases)
     rows += [
         ("-", a, f"at {now or 'no version'} now, moved by hand", "not recorded", "-") for a, now in outside.items()
     ]
@@ -151,7 +148,7 @@ def rollback(
     """Point an alias back at the version that it stood at before; a second time goes one further back.
 
     No gate is asked: that version held the alias once. Its artifact is fetched and verified first. Who moved it, and
-    why, is kept as an MLflow run beside the promotions (`rayscale models history`).
+    why, is kept in the model's journal (`rayscale models history`).
     """
     check_alias(alias)
     if not reason.strip():
@@ -170,17 +167,10 @@ def rollback(
     if target.version == now:
         raise ConfigError("--to", target.version, f"{alias} points there already", "see `rayscale models history`")
     artifact.load(registry.fetch(target, home() / "cache" / "artifacts"), expect_digest=target.digest)
-    tags = moves.tags(name, target.version, target.digest, alias, moves.ROLLBACK, now) | {"reason": reason.strip()}
-    tracker = Tracker.start(moves.EXPERIMENT, f"{target} -> {alias} (rollback)", tags=tags, uri=registry.uri)
-    try:
-        moves.move(registry, target, alias, now)
-        tracker.tags({"moved": "yes"})
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish()
+    why = reason.strip()
+    Journal(registry, name).move(alias, target, before=now, decision=ROLLBACK, why=why)
     return {"model": name, "alias": alias, "before": now, "version": target.version, "digest": target.digest,
-            "reason": reason.strip(), "run_id": tracker.run_id}  # fmt: skip
+            "reason": why}  # fmt: skip
 
 
 def gc(
@@ -239,6 +229,7 @@ def _card(registry: Registry, version: Version) -> tuple[ModelCard | None, str]:
 def _card_facts(card: ModelCard) -> dict[str, str]:
     spec, lineage = card.spec, card.lineage
     halo = f"{spec.halo_px} px" + (f", within {spec.halo_error:.2g}" if spec.halo_error else "")
+    halo += "" if spec.fixed_px is None else ", tiles of {1}x{0} px".format(*spec.fixed_px)
     return {
         "does": f"{spec.kind} x{spec.scale}, family {card.family}",
         "inputs": "; ".join(f"{t.name} {list(t.shape)}" for t in spec.inputs),
@@ -255,25 +246,30 @@ def _card_facts(card: ModelCard) -> dict[str, str]:
 
 def _score(version: Version) -> tuple[str, float | None, float | None]:
     """The metric that decides, its mean over the held-out photos, and the baseline's; None where not scored."""
-    gate = contract.loads(Gate, version.tags["gate"], f"gate of {version}") if "gate" in version.tags else Gate()
+    if "gate" in version.tags:
+        gate = contract.loads(Gate, version.tags["gate"], f"gate of {version}")
+    else:
+        gate = default_for(version.tags.get("kind", "transform"))  # type: ignore[arg-type]
     found = [version.tags.get(f"{prefix}{gate.metric}") for prefix in ("", "baseline_")]
     score, baseline = (None if text is None else float(text) for text in found)
     return gate.metric, score, baseline
 
 
 def _told(move: Move) -> str:
-    path = f"{move.before or 'none'} -> {move.version}" if move.before or move.moved else str(move.version)
+    to = move.version or "none"
+    path = f"{move.before or 'none'} -> {to}" if move.before or move.moved else str(to)
     if move.decision == moves.HOLD:
-        return f"held {move.version} back"
-    done = {moves.PROMOTE: "promoted", moves.ROLLBACK: "rolled back"}.get(move.decision, move.decision)
+        return f"held {to} back"
+    done = {PROMOTE: "promoted", FORCED: "forced", ROLLBACK: "rolled back", EXTERNAL: "moved by hand"}
+    told = f"{done.get(move.decision, move.decision)} {path}"
     if not move.moved:
-        return f"{done} {path}, but the alias was not moved, or not known to be"
-    return f"{done} {path}" + (f": {move.reason}" if move.reason else "")
+        told += f", but {move.why_not or 'the alias was not moved, or not known to be'}"
+    return told + (f": {move.reason}" if move.reason else "")
 
 
 def _report(registry: Registry, move: Move) -> Report | None:
     """The gate's report of a decision, if it left one."""
-    if move.decision == moves.ROLLBACK:
+    if move.decision == ROLLBACK or not move.run_id:
         return None
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -289,7 +285,7 @@ def _pictures(registry: Registry, version: Version, judged: Sequence[Move]) -> l
     """Where sample pictures lie, the newest decision's first, then of its evaluations and its training."""
     client, found = registry.client, []
     with answering(registry.uri):
-        runs = [move.run_id for move in reversed(judged) if move.decision != moves.ROLLBACK]
+        runs = [move.run_id for move in reversed(judged) if move.run_id and move.decision != ROLLBACK]
         if (experiment := client.get_experiment_by_name("evaluations")) is not None:
             query = f"tags.digest = '{version.digest}'"
             runs += [r.info.run_id for r in client.search_runs([experiment.experiment_id], query, max_results=3)]

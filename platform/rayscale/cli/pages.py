@@ -110,6 +110,20 @@ def error_corner(picture: U8, truth: U8, crop_px: int, multiple: int = 1) -> tup
     return int(y) * multiple, int(x) * multiple
 
 
+def text(table: Table) -> str:
+    """A table for the terminal."""
+    shown = [
+        [
+            str(cell) if not isinstance(cell, float) else f"{cell:.{table.digits[i] if i < len(table.digits) else 3}f}"
+            for i, cell in enumerate(row)
+        ]
+        for row in (table.columns, *table.rows)
+    ]
+    widths = [max(len(row[i]) for row in shown) for i in range(len(table.columns))]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join((table.title, *lines, *([table.note] if table.note else []))) + "\n"
+
+
 def digits(values: Iterable[float]) -> int:
     """Decimals that leave four significant digits of the largest, at most 4."""
     largest = max((abs(v) for v in values if math.isfinite(v) and v), default=1.0)

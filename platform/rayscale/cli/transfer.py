@@ -18,7 +18,7 @@ from rayscale.errors import ConfigError, ConflictError, IntegrityError, Rayscale
 from rayscale.evaluate import Suite
 from rayscale.observe import log
 from rayscale.registry import foreign
-from rayscale.registry.gate import Gate
+from rayscale.registry.gate import default_for
 from rayscale.registry.models import Registry
 from rayscale.storage import TEMPORARY, check_free, home, open_store, os_errors
 from rayscale.tracking import default_uri
@@ -45,8 +45,9 @@ def import_model(
     A network of pictures is one float32 input [n, 3, h, w], RGB in [0, 1], and one output alike, a whole number of
     times as large. The rest is measured on it: its scale, the step of its sides (align), whether a batch equals its
     pictures, and how far an output pixel sees: with that halo tiles must equal the whole picture to the bit, or the
-    card says why it is not tiled. Sides may be fixed: then it takes pictures of that size only. Refused, with the
-    reason: one channel (luma), channels last, 8-bit or 0..255 values, classifiers.
+    card says why it is not tiled. Sides may be fixed: larger pictures are cut into tiles of that size, smaller ones
+    padded to it. One channel is luma (Y of YCbCr, full range): a network around it enlarges the colours bicubically.
+    Refused, with the reason: channels last, 8-bit or 0..255 values, classifiers.
 
     Its parity is measured against ONNX's own reference implementation. `promote` judges it on the suite of the version
     before it, or on `--suite`.
@@ -62,10 +63,16 @@ def import_model(
     model = _read(file)
     judged = contract.loads(Suite, _read(suite), suite) if suite else None
     check_disks(default_uri(), home(), model_bytes=2 * len(model))
-    found = _declared(model, card) if card else _measured(model, file, licence.strip(), halo, untiled.strip())
+    if card:
+        found = _declared(model, file, card)
+    else:
+        model, original = foreign.adapted(model), model
+        recipe = f"imported {Path(file).name}{'' if model is original else ', a network of luma'}"
+        found = _measured(model, recipe, licence.strip(), halo, untiled.strip())
     spec = found.spec
+    sides = f"steps of {spec.align} px" if spec.fixed_px is None else "{1}x{0} px only".format(*spec.fixed_px)
     tiling = f"not tiled: {spec.halo_why_none}" if spec.halo_px is None else f"halo {spec.halo_px} px"
-    log.info("%s: %s x%d, sides in steps of %d px, %s", file, spec.kind, spec.scale, spec.align, tiling)
+    log.info("%s: %s x%d, sides in %s, %s", file, spec.kind, spec.scale, sides, tiling)
     result = {"kind": spec.kind, "scale": spec.scale, "align": spec.align, "halo_px": spec.halo_px,
               "halo_why_none": spec.halo_why_none}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,25 +119,30 @@ def export_model(
     return result
 
 
-def _measured(model: bytes, file: str, licence: str, halo: int | None, untiled: str) -> ModelCard:
+def _measured(model: bytes, recipe: str, licence: str, halo: int | None, untiled: str) -> ModelCard:
     spec = foreign.probed(model, halo_px=halo, why_untiled=untiled)
-    lineage = Lineage(recipe=f"imported {Path(file).name}", code_version=contract.code_version())
+    lineage = Lineage(recipe=recipe, code_version=contract.code_version())
     parity = foreign.parity(model, spec)
     return ModelCard(family="imported", spec=spec, licence=licence, lineage=lineage, parity_max_abs=parity)
 
 
-def _declared(model: bytes, card: str) -> ModelCard:
+def _declared(model: bytes, file: str, card: str) -> ModelCard:
     found = contract.loads(ModelCard, _read(card), card)
     foreign.checked(model, found.spec)
     if not found.licence.strip():
         raise ConfigError("card.licence", found.licence, "must not be empty", "state it in the card")
-    return dataclasses.replace(found, licence=found.licence.strip())
+    lineage = found.lineage
+    if not lineage.recipe:
+        lineage = dataclasses.replace(lineage, recipe=f"imported {Path(file).name}")
+    lineage = dataclasses.replace(lineage, code_version=lineage.code_version or contract.code_version())
+    parity = foreign.parity(model, found.spec) if found.parity_max_abs is None else found.parity_max_abs
+    return dataclasses.replace(found, licence=found.licence.strip(), lineage=lineage, parity_max_abs=parity)
 
 
 def _judged_by(registry: Registry, name: str, card: ModelCard, suite: Suite | None) -> dict[str, str]:
     """Tags for `promote`: the suite that was given, or suite and gate of the newest version that does the same."""
     if suite is not None:
-        return {"suite": dumps(suite), "suite_digest": suite.digest, "gate": dumps(Gate())}
+        return {"suite": dumps(suite), "suite_digest": suite.digest, "gate": dumps(default_for(card.spec.kind))}
     wanted = {"kind": card.spec.kind, "scale": str(card.spec.scale)}
     for version in registry.versions(name) if name in registry.names() else ():
         if "suite" in version.tags and wanted.items() <= version.tags.items():

@@ -26,7 +26,7 @@ from rayscale.errors import ConfigError, DamageError
 from rayscale.imaging import Limits, Media
 from rayscale.observe import log, progress
 from rayscale.serve.engine import EngineSettings
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 from rayscale.storage import Store, home, join, open_store
 from rayscale.tracking import default_uri
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,15 +56,15 @@ def torch_model(module: nn.Module, spec: Spec, device: torch.device) -> Model:
 
 
 def picture_run(model: Model, tile_px: int | None = None) -> Run:
-    """A model of pictures as a `Run`; without `tile_px` (or a halo) pictures run whole."""
+    """A model of pictures as a `Run`; without `tile_px` (or a halo) pictures run whole, if it takes any size."""
     spec, output = model.spec, model.spec.outputs[0].name
 
     def run(*inputs: U8) -> U8:
         planes = np.concatenate([_planes(picture) for picture in inputs])[None]
         leads = {t.name: (*p.shape[:-3], p.shape[-1]) for t, p in zip(spec.inputs, inputs, strict=True)}
         forward = as_one(lambda given: model.forward(given)[output], leads)
-        tiling = {"scale": spec.scale, "halo_px": spec.halo_px, "align": spec.align}
-        return finite_u8(run_tiled(forward, planes, tile_px=tile_px, **tiling))  # type: ignore[arg-type]
+        tiling: dict[str, Any] = {"scale": spec.scale, "halo_px": spec.halo_px, "align": spec.align}
+        return finite_u8(run_tiled(forward, planes, tile_px=tile_px, fixed_px=spec.fixed_px, **tiling))
 
     return run
 

@@ -19,7 +19,8 @@ from rayscale.tasks.embed import Embed
 from rayscale.train.loop import RunSettings
 
 LABELLED, UNLABELLED = "precision_at_10", "same_photo_at_1"
-GATE = Gate(metric=UNLABELLED, min_gain_db_over_baseline=0.02, margin_vs_champion=0.01, max_image_loss_db=1.0, also=())
+GATE = Gate(metric=UNLABELLED, min_gain_db_over_baseline=0.02, margin_vs_champion=0.01, max_image_loss_db=1.0,
+            max_worst_k_loss_db=1.0, also=())  # fmt: skip
 
 
 def tiny() -> Recipe:

@@ -24,6 +24,7 @@ def tiny() -> Recipe:
             depth=3,
             masked=True,
             fill_levels=1,  # leaves much to learn
+            fill_steps=0,
             optimizer=Optimizer(learning_rate=4e-3),
             ema_halflife_images=100.0,
         ),

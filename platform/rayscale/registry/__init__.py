@@ -1,1 +1,1 @@
-"""Versions of models: `models` keeps them (a home of MLflow), `gate` decides which may be champion."""
+"""Versions of models: `models` keeps them, `gate` decides which may be champion, `journal` moves the aliases."""

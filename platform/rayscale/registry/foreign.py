@@ -1,7 +1,8 @@
 """An ONNX network made elsewhere as an artifact: what its card says is measured on the network itself.
 
-A picture network takes one f32[n, 3, h, w] in [0, 1] and gives one, `scale` times as large. What else there is
-(masks, bursts, noise) is taken as a card declares it; its boundary and its halo are checked all the same.
+A picture network takes one f32[n, 3, h, w] in [0, 1] and gives one, `scale` times as large; its sides may be fixed.
+One of luma, f32[n, 1, h, w], is made one of RGB first. What else there is (masks, bursts, noise) is taken as a card
+declares it; its boundary and its halo are checked all the same.
 """
 
 from __future__ import annotations
@@ -14,16 +15,37 @@ from pathlib import Path
 import numpy as np
 
 from rayscale import artifact, halo
-from rayscale.artifact import Abort, Boundary, Session, axis_of, side_multiple
+from rayscale.artifact import Abort, Boundary, axis_of, side_multiple
 from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, ParityError
 from rayscale.imaging import F32
 from rayscale.observe import log
+from rayscale.registry import luma
 
 ALIGNS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)  # pixels; tried in this order
 _SIDE_PX = 48  # of probes, about: larger than most kernels
 _BOUNDS = (-0.5, 1.5)  # a network without a clamp leaves [0, 1] by less, on a plain picture
 _WRAP = "wrap the network so that it does, and export that"
+
+
+def adapted(model: bytes) -> bytes:
+    """The network as one of RGB pictures: as it is, or around it what a network of luma needs.
+
+    Raises: ConfigError, IntegrityError, as `probed`.
+    """
+    inputs, outputs = artifact.boundary(model)
+    if not _is_luma(inputs, outputs):
+        return model
+    given, made = _picture("input", inputs, 1), _picture("output", outputs, 1)
+    run, fixed = _opened(model, given, made), _fixed_sides(given)
+
+    def grey(nchw: F32) -> F32:
+        return np.repeat(run(nchw[:, :1]), 3, axis=1)
+
+    align, scale = (1, _scale_at(grey, [fixed])) if fixed else _align_and_scale(grey)
+    _check_range(grey, fixed or (align * 12, align * 16))
+    log.info("a network of luma, x%d: colours are enlarged bicubically around it", scale)
+    return luma.as_rgb(model, scale)
 
 
 def probed(model: bytes, *, halo_px: int | None = None, why_untiled: str = "") -> Spec:
@@ -37,8 +59,7 @@ def probed(model: bytes, *, halo_px: int | None = None, why_untiled: str = "") -
     inputs, outputs = artifact.boundary(model)
     given, made = _picture("input", inputs), _picture("output", outputs)
     fixed = _fixed_sides(given)
-    provisional = Spec(kind="transform", inputs=(_any_size(given),), outputs=(_any_size(made),), halo_why_none="probe")
-    run = _silent(artifact.open_model(model, ModelCard(family="", spec=provisional, licence="")))
+    run = _opened(model, given, made)
     align, scale = (1, _scale_at(run, [fixed])) if fixed else _align_and_scale(run)
     batch: int | str = "n" if given.shape[0] is None and _batch_is_exact(run, fixed or (align * 9, align * 8)) else 1
     _warn_of_small(run, fixed or (align, align))
@@ -55,11 +76,7 @@ def probed(model: bytes, *, halo_px: int | None = None, why_untiled: str = "") -
     )
     if not fixed:
         _check_output_axes(made)
-        return spec if why_untiled else _with_halo(run, spec, halo_px)
-    if halo_px is not None:
-        rule = f"the network takes pictures of {fixed[1]}x{fixed[0]} px only: nothing is cut into tiles"
-        raise ConfigError("--halo", halo_px, rule, "leave it out, or export the network with free sides")
-    return dataclasses.replace(spec, halo_why_none=why_untiled or f"the network takes {fixed[1]}x{fixed[0]} px only")
+    return spec if why_untiled else _with_halo(run, spec, halo_px)
 
 
 def parity(model: bytes, spec: Spec) -> float | None:
@@ -67,14 +84,14 @@ def parity(model: bytes, spec: Spec) -> float | None:
     from onnx.reference import ReferenceEvaluator
 
     card = ModelCard(family="", spec=spec, licence="")
-    probe = _probe(card, about_px=16)
+    given = probe(card, about_px=16)
     try:
         named = [t.name for t in spec.outputs]
-        reference = dict(zip(named, ReferenceEvaluator(model).run(named, probe), strict=True))
+        reference = dict(zip(named, ReferenceEvaluator(model).run(named, given), strict=True))
     except Exception as error:  # an operator that it does not know; it raises anything
         log.warning("ONNX's reference implementation cannot run it, the gate will miss its parity: %s", error)
         return None
-    made = artifact.open_model(model, card).run(probe)
+    made = artifact.open_model(model, card).run(given)
     return max(float(np.abs(made[name] - reference[name]).max()) for name in named)
 
 
@@ -88,29 +105,36 @@ def checked(model: bytes, spec: Spec) -> None:
 
 def write(folder: Path, model: bytes, card: ModelCard) -> str:
     """The artifact, its golden probe noise; its digest. Raises: as `artifact.write`."""
-    return artifact.write(folder, model, card, _probe(card, about_px=_SIDE_PX))
+    return artifact.write(folder, model, card, probe(card, about_px=_SIDE_PX))
 
 
-def _probe(card: ModelCard, about_px: int) -> dict[str, F32]:
-    """Noise over the whole range of each input, one sample, the sides of pictures about so long and unlike."""
-    about = {"n": 1, "h": about_px + 8, "w": about_px}
+def probe(card: ModelCard, about_px: int, batch: int = 1) -> dict[str, F32]:
+    """Noise over the whole range of each input, `batch` samples where it may be chosen, the sides of pictures about
+    so long and unlike."""
+    about = {"n": batch, "h": about_px + 8, "w": about_px}
     rng = np.random.default_rng(0)
-    probe = {}
+    found = {}
     for tensor in card.spec.inputs:
         shape = []
         for position, axis in enumerate(tensor.shape):
             factor, name = axis_of(axis)
             step = math.lcm(factor, side_multiple(card, tensor, position))
             shape.append(-(-about.get(name, 2) // step) * step if name else factor)
-        probe[tensor.name] = (tensor.low + (tensor.high - tensor.low) * rng.random(shape)).astype(np.float32)
-    return probe
+        found[tensor.name] = (tensor.low + (tensor.high - tensor.low) * rng.random(shape)).astype(np.float32)
+    return found
 
 
 # --- the boundary -----------------------------------------------------------------------------------------------
 
 
-def _picture(side: str, tensors: Sequence[Boundary]) -> Boundary:
-    """The one tensor of a side. Raises: ConfigError where it is no RGB picture, NCHW float32."""
+def _is_luma(inputs: Sequence[Boundary], outputs: Sequence[Boundary]) -> bool:
+    """One picture of one channel in and, if that is stated, out."""
+    channels = [t.shape[1] for t in (*inputs, *outputs) if len(t.shape) == 4]
+    return len(inputs) == len(outputs) == 1 and channels in ([1, 1], [1, None])
+
+
+def _picture(side: str, tensors: Sequence[Boundary], wanted: int = 3) -> Boundary:
+    """The one tensor of a side. Raises: ConfigError where it is no picture of `wanted` channels, NCHW float32."""
     shown = ", ".join(f"{t.name} {_shown(t)}" for t in tensors)
     if len(tensors) != 1:
         remedy = "declare it with --card, if it is a burst or inpainting; or " + _WRAP
@@ -125,16 +149,11 @@ def _picture(side: str, tensors: Sequence[Boundary]) -> Boundary:
         rule = "is no picture, which is [n, 3, h, w]: this is no function from a picture to a picture"
         raise ConfigError(field, shown, rule, "declare what else it is (embed, generate, burst) with --card")
     batch, channels = tensor.shape[:2]
-    if channels != 3 and tensor.shape[3] == 3:
+    if channels != wanted and tensor.shape[3] in (1, 3):
         raise ConfigError(field, shown, "has its channels last (NHWC): it must be [n, 3, h, w]", _WRAP)
-    if channels == 1:
-        rule = "has one channel, luma: pictures here have three, RGB"
-        if None not in tensor.shape[2:]:
-            rule += f" (and sides fixed at {tensor.shape[3]}x{tensor.shape[2]} px: no other size could be served)"
-        remedy = "wrap it (RGB to YCbCr, its Y through the network, Cb and Cr by bicubic, back) and export that"
-        raise ConfigError(field, shown, rule, remedy)
-    if channels not in (3, None):
-        raise ConfigError(field, shown, f"has {channels} channels: it must be [n, 3, h, w], RGB", _WRAP)
+    if channels not in (wanted, None):
+        rule = f"has {channels} channels: both sides must be [n, 3, h, w], RGB, or [n, 1, h, w], luma"
+        raise ConfigError(field, shown, rule, _WRAP)
     if batch not in (1, None):
         raise ConfigError(field, shown, f"its batch is fixed at {batch}", "export it with a free batch, or with 1")
     return tensor
@@ -168,14 +187,15 @@ def _any_size(tensor: Boundary) -> TensorSpec:
 # --- probes -----------------------------------------------------------------------------------------------------
 
 
-def _silent(session: Session) -> Callable[[F32], F32]:
+def _opened(model: bytes, given: Boundary, made: Boundary) -> Callable[[F32], F32]:
     """The network as a function; sizes that it cannot take are expected here, ONNX Runtime shall not print them."""
-    given, made = session.card.spec.inputs[0].name, session.card.spec.outputs[0].name
+    spec = Spec(kind="transform", inputs=(_any_size(given),), outputs=(_any_size(made),), halo_why_none="probe")
+    session = artifact.open_model(model, ModelCard(family="", spec=spec, licence=""))
 
     def run(nchw: F32) -> F32:
         abort = Abort()
         abort.options.log_severity_level = 4
-        return session.run({given: nchw}, abort)[made]
+        return session.run({given.name: nchw}, abort)[made.name]
 
     return run
 
@@ -259,20 +279,31 @@ def _check_range(run: Callable[[F32], F32], sides: tuple[int, int]) -> None:
 
 def _with_halo(run: Callable[[F32], F32], spec: Spec, declared: int | None) -> Spec:
     """`spec` with the halo that tiles exactly, coarser aligned where that is needed, or why there is none."""
+    fixed, scale = spec.fixed_px, spec.scale
+
+    def reach(align: int) -> int | None:
+        return halo.reach(run, 3, scale=scale, align=align, short_px=_SIDE_PX, fixed_px=fixed)
+
+    def error_of(halo_px: int, align: int) -> float:
+        if fixed is not None:
+            return halo.shifted_error(run, 3, fixed, scale=scale, halo_px=halo_px, align=align)
+        return halo.stitched_error(run, 3, scale=scale, halo_px=halo_px, align=align, short_px=_SIDE_PX)
+
     if declared is not None:
-        error = halo.stitched_error(run, 3, scale=spec.scale, halo_px=declared, align=spec.align, short_px=_SIDE_PX)
+        error = error_of(declared, spec.align)
         if error != 0.0:
-            seen = halo.reach(run, 3, scale=spec.scale, align=spec.align, short_px=_SIDE_PX)
+            seen = reach(spec.align)
             remedy = "leave --halo out" if seen is None else f"it was measured to see {seen} px far: leave --halo out"
             raise ParityError("--halo", declared, f"tiles differ from the whole by {error:.3g}", remedy)
         return dataclasses.replace(spec, halo_px=declared, halo_why_none="")
     errors = []
-    for align in _coarser(spec.align):
-        seen = halo.reach(run, 3, scale=spec.scale, align=align, short_px=_SIDE_PX)
+    for align in _grids(spec):
+        seen = reach(align)
         if seen is None:
-            why = f"an output pixel sees further than {halo.LONGEST_PX // 4} px, perhaps the whole picture (measured)"
+            far = halo.LONGEST_PX // 4 if fixed is None else min(fixed) // 4
+            why = f"an output pixel sees further than {far} px, perhaps the whole picture (measured)"
             return dataclasses.replace(spec, halo_why_none=why)
-        error = halo.stitched_error(run, 3, scale=spec.scale, halo_px=seen, align=align, short_px=_SIDE_PX)
+        error = error_of(seen, align)
         if error == 0.0:
             return dataclasses.replace(spec, align=align, halo_px=seen, halo_why_none="")
         errors.append(error)
@@ -280,8 +311,12 @@ def _with_halo(run: Callable[[F32], F32], spec: Spec, declared: int | None) -> S
     return dataclasses.replace(spec, halo_why_none=why)
 
 
-def _coarser(align: int) -> Iterator[int]:
-    """Networks that pad themselves have a grid that their sizes do not show: `align`, then its doubles."""
+def _grids(spec: Spec) -> Iterator[int]:
+    """Steps of tiles to try: the grid of a network that pads itself, or takes one size, does not show in its sizes."""
+    if spec.fixed_px is not None:
+        yield from (align for align in ALIGNS if not any(side % align for side in spec.fixed_px))
+        return
+    align = spec.align
     while align <= ALIGNS[-1]:
         yield align
         align *= 2

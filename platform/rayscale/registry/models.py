@@ -29,6 +29,7 @@ from rayscale.storage import open_store
 from rayscale.tracking import Tracker, answering, artifact_uri, connect, download, error_code, remove
 
 CHAMPION = "champion"
+JOURNAL = "--releases"  # after a model's name: the registered model that is its journal
 FETCH_ATTEMPTS = 3  # networks do flip bits and cut bodies
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}$")
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z0-9_\-]{1,100}$", re.IGNORECASE)
@@ -75,8 +76,9 @@ class Registry:
         with this digest that is there already is returned as it is. `texts` are written beside, in the run.
         Raises: ConfigError (name), MissingError (no artifact, no run), UnavailableError.
         """
-        if not _NAME.match(name):
-            raise ConfigError("--name", name, "must be letters, digits and _.- (at most 200)", "e.g. photos-x2")
+        if not _NAME.match(name) or name.endswith(JOURNAL):
+            rule = f"must be letters, digits and _.- (at most 200), not ending with {JOURNAL}"
+            raise ConfigError("--name", name, rule, "e.g. photos-x2")
         digest = digest_of(folder)
         if known := self._with_digest(name, digest):
             log.info("%s is published already as %s", digest[:12], known)
@@ -91,7 +93,7 @@ class Registry:
             for file, text in (texts or {}).items():
                 self.client.log_text(run_id, text, f"{where}-{file}")
             self.client.log_artifacts(run_id, str(folder), where)
-            with _unless("RESOURCE_ALREADY_EXISTS"):
+            with unless("RESOURCE_ALREADY_EXISTS"):
                 self.client.create_registered_model(name)
             made = self.client.create_model_version(
                 name,
@@ -153,10 +155,16 @@ class Registry:
         with answering(self.uri):
             return {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
 
+    def standing(self) -> dict[str, dict[str, int]]:
+        """Of all registered models, by name, their aliases and where these point; their journals are none."""
+        with answering(self.uri):
+            found = sorted(pages(self.client.search_registered_models), key=lambda model: str(model.name))
+        models = {str(m.name): {k: int(v) for k, v in m.aliases.items()} for m in found}
+        return {name: aliases for name, aliases in models.items() if not name.endswith(JOURNAL)}
+
     def names(self) -> tuple[str, ...]:
         """All registered models, by name."""
-        with answering(self.uri):
-            return tuple(sorted(str(m.name) for m in pages(self.client.search_registered_models)))
+        return tuple(self.standing())
 
     def versions(self, name: str) -> tuple[Version, ...]:
         """The versions of one model that rayscale published, newest first. Raises: MissingError."""
@@ -299,7 +307,8 @@ def pages(search: Any, **query: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _unless(code: str) -> Iterator[None]:
+def unless(code: str) -> Iterator[None]:
+    """Let MLflow's error of this code pass."""
     try:
         yield
     except Exception as error:

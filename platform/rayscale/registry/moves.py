@@ -1,67 +1,97 @@
-"""Who moved which alias when: read from the MLflow runs that `promote` and `rollback` leave behind.
+"""Who moved which alias when, and what the gate held back: the journal's moves, and the runs that decisions leave.
 
-MLflow keeps no history of its aliases, so what was moved by hand is seen only where it does not fit what is recorded.
+Every decision of the gate is an MLflow run with its report, in the experiment `promotions`. Before there were
+journals these runs were all there was, of rollbacks too: they are still read.
 """
 
 from __future__ import annotations
 
-import getpass
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from rayscale.errors import ConflictError
-from rayscale.observe import log
-from rayscale.registry.models import Registry, Version, pages
+from rayscale.registry.journal import DONE, EXTERNAL, INTENT, ROLLBACK, TAKEN_BACK, Entry, Journal, chain, user
+from rayscale.registry.models import Registry, pages
 from rayscale.tracking import answering
 
 EXPERIMENT = "promotions"
-PROMOTE, HOLD, ROLLBACK = "promote", "hold", "rollback"
+HOLD = "hold"
+UNFINISHED = "unfinished: the next promotion or rollback writes down how far it came"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One decision about an alias."""
+    """One decision about an alias, and what came of it."""
 
     at: str  # UTC, ISO 8601
     alias: str
-    decision: str  # promote, hold, rollback
+    decision: str  # promote, forced, hold, rollback, external (by hand), ...
     moved: bool  # did the alias move?
-    version: int  # to which
+    version: int | None  # to which; None: the alias was deleted
     before: int | None = None  # from which; None: from nowhere, or not recorded
     digest: str = ""
     who: str = ""
     reason: str = ""
     run_id: str = ""
+    why_not: str = ""  # why it did not move, where the decision does not say it
 
 
 def read(registry: Registry, name: str) -> tuple[Move, ...]:
     """Every decision about a model's aliases, oldest first."""
+    entries = Journal(registry, name).read()
+    told = {entry.run_id for entry in entries}
+    decided = (move for move in _decided(registry, name) if move.run_id not in told)
+    return tuple(heapq.merge(_journalled(entries), decided, key=lambda move: move.at))
+
+
+def _decided(registry: Registry, name: str) -> Iterator[Move]:
+    """The runs of this model's decisions."""
     with answering(registry.uri):
         experiment = registry.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            return ()
+            return
         query = {"filter_string": f"tags.model = '{name}'", "order_by": ["attributes.start_time ASC"]}
-        runs = list(pages(registry.client.search_runs, experiment_ids=[experiment.experiment_id], **query))
-    return tuple(_move(run) for run in runs)
+        yield from map(_move, pages(registry.client.search_runs, experiment_ids=[experiment.experiment_id], **query))
 
 
-def move(registry: Registry, version: Version, alias: str, before: int | None) -> None:
-    """Point the alias at this version, if it is still where it was. Raises: ConflictError."""
-    # MLflow has no compare-and-swap: looking once more leaves milliseconds instead of the minutes of scoring.
-    now = registry.aliases(version.name).get(alias)
-    if now != before:
-        rule = f"moved from {before} to {now} meanwhile"
-        raise ConflictError("alias", f"{version.name}@{alias}", rule, "try again, against the new holder")
-    registry.alias(version.name, alias, version.version)
-    log.info("%s is now %s", alias, version)
+def _journalled(entries: Sequence[Entry]) -> Iterator[Move]:
+    """The journal's intents with what came of them, and what was moved by hand."""
+    counted = {e.id: e.number for alias in {e.alias for e in entries} for e in chain(entries, alias)}
+    numbers = set(counted.values())
+    settled = {e.after: e.kind for e in entries if e.number in numbers}
+    for entry in entries:
+        if entry.number in numbers and entry.kind == EXTERNAL:
+            yield _told(entry, EXTERNAL, moved=True)
+        elif entry.kind == INTENT and entry.number in numbers:
+            came = settled.get(entry.id)
+            why_not = {DONE: "", EXTERNAL: "it was moved by hand", None: UNFINISHED}.get(came, str(came))
+            yield _told(entry, entry.decision, moved=came == DONE, why_not=why_not)
+        elif entry.kind == INTENT and entry.id not in counted:  # else it was sent twice
+            yield _told(entry, entry.decision, why_not="another one won")
+
+
+def _told(entry: Entry, decision: str, *, moved: bool = False, why_not: str = "") -> Move:
+    return Move(
+        at=entry.at,
+        alias=entry.alias,
+        decision=decision,
+        moved=moved,
+        version=entry.to,
+        before=entry.before,
+        digest=entry.digest,
+        who="" if entry.kind == EXTERNAL else entry.who,
+        reason=entry.why,
+        run_id=entry.run_id,
+        why_not=why_not,
+    )
 
 
 def tags(name: str, version: int, digest: str, alias: str, decision: str, before: int | None) -> dict[str, str]:
     """What a run of such a decision is tagged with, for `read`."""
     return {"model": name, "version": str(version), "digest": digest, "alias": alias, "decision": decision,
-            "before": "" if before is None else str(before), "mlflow.user": _user()}  # fmt: skip
+            "before": "" if before is None else str(before), "mlflow.user": user()}  # fmt: skip
 
 
 def holders(moves: Sequence[Move], alias: str, now: int | None) -> tuple[int, ...]:
@@ -75,7 +105,9 @@ def holders(moves: Sequence[Move], alias: str, now: int | None) -> tuple[int, ..
             continue
         if move.before is not None:
             _put_back(stack, move.before)  # moved by hand in between
-        if move.decision == ROLLBACK:
+        if move.version is None:
+            continue
+        if move.decision in (ROLLBACK, TAKEN_BACK):
             _put_back(stack, move.version)
         elif stack[-1:] != [move.version]:
             stack.append(move.version)
@@ -92,15 +124,21 @@ def _put_back(stack: list[int], version: int) -> None:
         stack.pop()
 
 
-def last_known(moves: Sequence[Move], alias: str) -> int | None:
-    """Where the records say that an alias points; None where they say nothing of it."""
-    return next((move.version for move in reversed(moves) if move.alias == alias and move.moved), None)
+def unrecorded(moves: Sequence[Move], aliases: dict[str, int]) -> dict[str, int | None]:
+    """Aliases that stand elsewhere than the records say, and where: moved by hand."""
+    found = {}
+    for alias in sorted({*aliases, *(move.alias for move in moves)}):
+        now, mine = aliases.get(alias), [move for move in moves if move.alias == alias]
+        known = next((move.version for move in reversed(mine) if move.moved), None)
+        if now != known and not any(move.why_not == UNFINISHED and move.version == now for move in mine):
+            found[alias] = now
+    return found
 
 
 def _move(run: Any) -> Move:
     found = run.data.tags
     return Move(
-        at=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+        at=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="milliseconds"),
         alias=found.get("alias", ""),
         decision=found.get("decision", ""),
         moved=found.get("moved") == "yes",
@@ -111,10 +149,3 @@ def _move(run: Any) -> Move:
         reason=found.get("reason", ""),
         run_id=str(run.info.run_id),
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
-        return ""

@@ -26,10 +26,10 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
     if keys:
         app.add_middleware(Guard, keys=keys)  # within what follows: a refusal is a problem, and counted
     problems.install(app, gateway.meters, behind_ray=behind_ray)
-    playground.install(app)
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page: the guard has looked already
     for routes in (routes_pictures, routes_vectors, routes_models):
         app.include_router(routes.routes(gateway), dependencies=locked)
+    playground.install(app)
 
     @app.get("/livez", tags=["health"], summary="The process answers", response_class=Response)
     async def livez() -> Response:

@@ -37,6 +37,7 @@ from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.meters import RayMeters
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
 from rayscale.serve.rollout import Desired, Orders, Report
+from rayscale.serve.table import Table, read_table, write_table
 
 TABLE = "table.json"
 SYNC_TIMEOUT_S = 5.0
@@ -62,6 +63,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
 
     models: tuple[str, ...] = pydantic.Field(("*@champion",), min_length=1)
     """What is served: "name@alias", with `*` in the name for all that have the alias."""
+    require_gate: bool = False  # follow an alias only to what passed its gate, or was forced through it
     default_model: str = ""  # "name[@alias]" for requests without one; "": the only one there is
     tracking_uri: str = ""  # MLflow; "": MLFLOW_TRACKING_URI, or the embedded one under RAYSCALE_HOME
     state_uri: str = ""  # where the routing table is kept; "": under RAYSCALE_HOME (one node only)
@@ -82,7 +84,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     quality: int = pydantic.Field(95, ge=1, le=100)  # of JPEG and WebP answers
     poll_s: float = pydantic.Field(1.0, gt=0)  # how often the registry is read
     sync_s: float = pydantic.Field(0.5, gt=0, le=2.0)  # how often a replica reports
-    probation_s: float = pydantic.Field(600.0, ge=0)  # a new version that fails so soon is rolled back; 0: never
+    probation_s: float = pydantic.Field(600.0, ge=0)  # a new version is watched so long, a canary at a time; 0: never
     ready_wait_s: float = pydantic.Field(60.0, ge=0)  # a starting replica waits so long for its models
 
     @pydantic.model_validator(mode="wrap")
@@ -132,7 +134,8 @@ class RolloutReplica:
         self._registry: Any = None
         self._store = storage.open_store(args.state_uri or storage.home() / "serve")
         self._io = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._rollout = rollout.Rollout(now=time.monotonic(), probation_s=args.probation_s)
+        self._meters = RayMeters()
+        self._rollout = self._new(None)
         self._kept = 0  # generation of the table in the store
         self._away = ""  # why the registry does not answer
         self._started = asyncio.Event()
@@ -142,14 +145,16 @@ class RolloutReplica:
         await self._started.wait()  # who asks early is told what the registry says
         return self._rollout.sync(report, time.monotonic())
 
+    def _new(self, table: Table | None) -> rollout.Rollout:
+        return rollout.Rollout(table, now=time.monotonic(), probation_s=self._args.probation_s, meters=self._meters)
+
     async def check_health(self) -> None:
         if self._task.done():
             self._task.result()  # raises what ended it: Ray Serve shows it and starts another replica
 
     async def _follow_registry(self) -> None:
-        table = await self._in_thread(rollout.read_table, self._store, TABLE)
-        kept = rollout.Rollout(table, now=time.monotonic(), probation_s=self._args.probation_s)
-        self._rollout, self._kept = kept, table.generation
+        kept = await self._in_thread(read_table, self._store, TABLE)
+        self._rollout, self._kept = self._new(kept), kept.generation
         while True:
             await self._poll()
             self._started.set()
@@ -160,8 +165,11 @@ class RolloutReplica:
         try:
             self._rollout.desire(await self._in_thread(self._read), time.monotonic())
             if (table := self._rollout.table).generation != self._kept:
-                await self._in_thread(rollout.write_table, self._store, TABLE, table)
+                await self._in_thread(write_table, self._store, TABLE, table)
                 self._kept = table.generation
+            while self._rollout.endings:  # where the registry does not take them now, next time
+                await self._in_thread(rollout.write_ending, self._registry, self._rollout.endings[0])
+                del self._rollout.endings[0]
         except Exception as error:
             if str(error) != self._away:
                 log.warning("table %d stays: %s", self._rollout.table.generation, error)
@@ -172,10 +180,12 @@ class RolloutReplica:
             self._away = ""
 
     def _read(self) -> Desired:
-        from rayscale.registry.models import Registry  # imports MLflow
+        from rayscale.registry import journal  # imports MLflow
+        from rayscale.registry.models import Registry
 
         self._registry = self._registry or Registry(self._args.tracking_uri or None)
-        return rollout.read_desired(self._registry, self._args.models)
+        gated = functools.partial(journal.gated, self._registry) if self._args.require_gate else None
+        return rollout.read_desired(self._registry, self._args.models, gated)
 
     async def _in_thread(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *args)

@@ -91,6 +91,8 @@ class Outcome(NamedTuple):
 
     ok: int = 0
     failed: int = 0
+    timed: int = 0  # of the ok ones, those that shared no batch with others: what is rarely asked for shares few
+    log_s: float = 0.0  # sum over the timed ones: log of their device seconds per unit
 
 
 class Timing(NamedTuple):
@@ -116,6 +118,7 @@ class Job(ABC):
     future: Future[Timing] = field(default_factory=Future)
     taken: int = 0
     finished: int = 0
+    alone: bool = True  # no other job was in its batches
 
     @property
     @abstractmethod

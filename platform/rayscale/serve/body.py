@@ -193,17 +193,22 @@ class ClientGone(Exception):  # noqa: N818 - no error of ours
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """`work`, cancelled when the client hangs up. The body must have been read. Raises: ClientGone."""
+    gone, task = False, asyncio.current_task()
+    assert task is not None
 
     async def hang_up() -> None:
+        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
+        gone = True
         task.cancel()
-        gone.cancel()
+
+    watching = asyncio.ensure_future(hang_up())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():  # nobody else wants it cancelled
+            raise ClientGone from None
+        raise
+    finally:
+        watching.cancel()

@@ -8,6 +8,7 @@ No HTTP and no Ray: an engine lives in a gateway's process as well as behind a h
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -45,6 +46,11 @@ from rayscale.serve.batching import (
 )
 from rayscale.serve.shelf import Shelf
 
+T = TypeVar("T")
+
+Then = Callable[[Timing], Future[T]]
+"""What begins in another thread once the tiles are there, wherever that is seen."""
+
 Load = Callable[[Path, str], Session]
 """(folder, expected digest) -> a verified session."""
 
@@ -71,7 +77,7 @@ class Plan:
 
     height: int
     width: int
-    padded_height: int  # a multiple of the model's align, as padded_width is
+    padded_height: int  # as `imaging.padded_sides` says, and padded_width
     padded_width: int
     scale: int
     tiles: tuple[Tile, ...]
@@ -94,17 +100,18 @@ def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
 
     Raises: TooLargeError where neither is possible; ImageError for another size than the only one a model takes.
     """
-    for size, only in zip((height, width), spec.inputs[0].shape[-2:], strict=True):
-        if isinstance(only, int) and size != only:
-            sides = "x".join(str(side) for side in reversed(spec.inputs[0].shape[-2:]))
-            rule = f"this model takes pictures of {sides} px only"
-            raise ImageError("image", f"{width}x{height}", rule, "crop or resize it")
-    tall, wide = (-(-side // spec.align) * spec.align for side in (height, width))
+    fixed_px = spec.fixed_px
+    if fixed_px is not None and spec.halo_px is None and (height, width) != fixed_px:
+        rule = f"this model takes pictures of {fixed_px[1]}x{fixed_px[0]} px only"
+        raise ImageError("image", f"{width}x{height}", rule, "crop or resize it")
+    tall, wide = imaging.padded_sides(height, width, align=spec.align, fixed_px=fixed_px)
     if spec.halo_px is None and height * width > settings.untiled_max_px:
         rule = f"this model runs on at most {settings.untiled_max_px} pixels ({spec.halo_why_none})"
         raise TooLargeError("image", f"{width}x{height}", rule, "send a smaller picture")
-    if spec.halo_px is None or height * width <= settings.whole_max_px:
-        tiles: tuple[Tile, ...] = (_whole(tall, wide),)
+    if spec.halo_px is not None and fixed_px is not None:
+        tiles = imaging.plan_tiles(tall, wide, tile_px=fixed_px, halo_px=spec.halo_px, align=spec.align)
+    elif spec.halo_px is None or height * width <= settings.whole_max_px:
+        tiles = (_whole(tall, wide),)
     else:
         # A tile keeps at least half of its side, however far the model sees.
         side = -(-max(settings.tile_px, 4 * spec.halo_px) // spec.align) * spec.align
@@ -167,6 +174,9 @@ class Runner(Protocol):
     def backlog_s(self) -> float: ...
     def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
+    async def run_then(
+        self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float
+    ) -> T: ...
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
     ) -> tuple[dict[str, F32], Timing]: ...
@@ -217,7 +227,9 @@ class Engine:
 
     def _count(self, job: Job, *, ok: bool) -> None:
         done = self._outcomes.get(digest := job.model.session.digest, Outcome())
-        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok))
+        timed = ok and job.alone
+        log_s = math.log(max(job.run_s, 1e-9) / (job.count * job.item_units)) if timed else 0.0
+        self._outcomes[digest] = Outcome(done.ok + ok, done.failed + (not ok), done.timed + timed, done.log_s + log_s)
 
     def session(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared here."""
@@ -261,12 +273,26 @@ class Engine:
         Raises: ConfigError for other channels; UnavailableError after the deadline, or when the engine is closed;
         what the session raises.
         """
+        self._check_channels(digest, tiles)
+        model = await self._model(digest, deadline)
+        job = TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner)
+        return await self._finish(job, job.future)
+
+    async def run_then(self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float) -> T:
+        """`run`, and the end of what `then` begins: the event loop is woken once, and not in between.
+
+        The deadline is the tiles'. Raises: as `run`, and what the second part raises.
+        """
+        self._check_channels(digest, tiles)
+        model = await self._model(digest, deadline)
+        job = TileJob(model=model, tiles=tiles, place=place, deadline=deadline)
+        return await self._finish(job, _chained(job.future, then))
+
+    def _check_channels(self, digest: str, tiles: Sequence[U8]) -> None:
         spec, found = self._models.known(digest).card.spec, tiles[0].shape[2]
         if found != (wanted := channels(spec)):
             names = " and ".join(t.name for t in spec.inputs)
             raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
-        model = await self._model(digest, deadline)
-        return await self._finish(TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner))
 
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
@@ -279,11 +305,11 @@ class Engine:
         artifact.bind(card, {name: value.shape for name, value in inputs.items()})
         model = await self._model(digest, deadline)
         job = CallJob(model=model, inputs=inputs, deadline=deadline, owner=owner)
-        timing = await self._finish(job)
+        timing = await self._finish(job, job.future)
         return job.outputs, timing
 
-    async def _finish(self, job: Job) -> Timing:
-        """Queue a job and wait for its end."""
+    async def _finish(self, job: Job, end: Future[T]) -> T:
+        """Queue a job and wait for `end`, its own or what follows it."""
         job.started = time.monotonic()
         job.future.add_done_callback(self._stop_if_idle)
         with self._wake:
@@ -291,11 +317,11 @@ class Engine:
                 raise _closed()
             self._queue.put(job)
             self._wake.notify()
+        timer = asyncio.get_running_loop().call_later(job.deadline - time.monotonic(), job.fail, too_late())
         try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                return await asyncio.wrap_future(job.future)
-        except TimeoutError:
-            raise too_late() from None
+            return await asyncio.wrap_future(end)
+        finally:
+            timer.cancel()
 
     def _stop_if_idle(self, _: Future[Timing] | None = None) -> None:
         """Abort the running batch when nobody waits for any of it."""
@@ -349,13 +375,43 @@ class Engine:
         now = time.monotonic()
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
+        alone = all(job is batch[0][0] for job, _ in batch)
         for job, _ in batch:
+            job.alone = job.alone and alone
             job.run_s += share_s
             job.finished += 1
             if job.finished == job.count:
                 self._count(job, ok=True)
                 with suppress(InvalidStateError):  # it was cancelled in this very moment
                     job.future.set_result(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
+
+
+def _chained(first: Future[Timing], then: Then[T]) -> Future[T]:
+    """The end of what `then` begins once the first is done. Cancelling it cancels both, a failure of either is its."""
+    end: Future[T] = Future()
+
+    def begin(done: Future[Timing]) -> None:
+        try:
+            second = then(done.result())
+        except Exception as error:  # of the first, or nobody takes the second any more
+            with suppress(InvalidStateError):  # it was cancelled
+                end.set_exception(error)
+            return
+        second.add_done_callback(finish)
+        end.add_done_callback(lambda _: second.cancel())
+
+    def finish(done: Future[T]) -> None:
+        with suppress(InvalidStateError):
+            if done.cancelled():
+                end.cancel()
+            elif error := done.exception():
+                end.set_exception(error)
+            else:
+                end.set_result(done.result())
+
+    first.add_done_callback(begin)
+    end.add_done_callback(lambda _: first.cancel())
+    return end
 
 
 def _measure(model: Model, settings: EngineSettings) -> Model:

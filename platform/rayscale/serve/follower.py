@@ -18,7 +18,8 @@ from rayscale.observe import log
 from rayscale.serve.engine import Engine, Runner
 from rayscale.serve.meters import Meters
 from rayscale.serve.remote import RemoteEngine
-from rayscale.serve.rollout import Orders, Release, Report, Table
+from rayscale.serve.rollout import Orders, Report
+from rayscale.serve.table import Release, Table
 
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
 
@@ -32,6 +33,7 @@ class Follower(ABC):
         """A digest is forgotten `grace_s` after no table names it."""
         self.table = Table()  # what requests resolve against: everything in it is prepared
         self.held: Mapping[str, str] = {}
+        self.watched: Mapping[str, str] = {}
         self.reason = "the rollout has not answered yet"  # why it is not ready, "" once it is
         self._replica, self._engine, self._sync, self._grace_s = replica, engine, sync, grace_s
         self._failed: dict[str, str] = {}  # digest -> why
@@ -76,16 +78,17 @@ class Follower(ABC):
     async def step(self) -> Orders:
         """One report and what follows from its answer."""
         orders = await self._sync(self.report())
-        self.held = orders.held
+        self.held, self.watched = orders.held, orders.watched
         self.obey(orders)
         self._adopt(orders)
         self._forget(orders)
         return orders
 
     def _adopt(self, orders: Orders) -> None:
-        missing = orders.table.routed - self._engine.digests
+        table = orders.table.without_canaries(self._engine.digests)
+        missing = table.routed - self._engine.digests
         if not missing:
-            self.table = orders.table
+            self.table = table
         if self.table.routes and not self.table.routed <= orders.failed.keys():
             self.reason = ""  # an old table serves as long as the new one is not ready
         elif wanted := missing or self.table.routed:

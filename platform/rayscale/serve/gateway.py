@@ -7,22 +7,23 @@ body, the body's size while it streams, headers before pixels, the engine's back
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
-from rayscale.serve.engine import Runner
+from rayscale.serve.batching import Timing
+from rayscale.serve.engine import Canvas, Runner
 from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
-from rayscale.serve.rollout import Release, Table, route_of
+from rayscale.serve.table import Release, Table, draw, route_of
 
 T = TypeVar("T")
 
@@ -57,7 +58,14 @@ class Routing(Protocol):
     @property
     def held(self) -> Any: ...
     @property
+    def watched(self) -> Any: ...
+    @property
     def reason(self) -> str: ...
+
+
+def who_asks(scope: Mapping[str, Any]) -> str:
+    """Whom a canary is sticky to: the bearer key by its name, or where there are none the request by its id."""
+    return str(scope.get("rayscale.key") or scope.get("rayscale.request_id") or uuid.uuid4())
 
 
 def role_of(spec: Spec) -> Role:
@@ -108,9 +116,10 @@ class Gateway:
 
     # models
 
-    def resolve(self, model: str, role: Role, scale: int | None = None) -> Release:
+    def resolve(self, model: str, role: Role, scale: int | None = None, *, who: str) -> Release:
         """Which version answers, decided once per request: `name`, `name@alias`, `name:version`, or "" for what fits.
 
+        `who` asks (`who_asks`) decides between a champion and its canary.
         Raises: MissingError for what is not served or not for this; ConfigError where several fit; BusyError.
         """
         self.check_ready()
@@ -122,7 +131,7 @@ class Gateway:
             release = known[model]
         else:
             route = route_of(model) if model else self._default(table, role, scale)
-            release = table.pick(route, random.random())
+            release = table.pick(route, draw(route, who))
         if (card := self._known_card(release.digest)) is not None:
             _check(card, release, role, scale)
         return release
@@ -188,6 +197,16 @@ class Gateway:
     async def codec(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """`work(*args)` in a thread for codecs; its result and its seconds."""
         return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
+
+    async def made(
+        self, digest: str, canvas: Canvas, deadline: float, work: Callable[..., T], *args: Any
+    ) -> tuple[Timing, T, float]:
+        """A canvas' tiles through the engine, then `codec(work, *args)`: where the time went, result and seconds."""
+
+        def then(timing: Timing) -> Future[tuple[Timing, T, float]]:
+            return self._codecs.submit(lambda: (timing, *_timed(work, args)))
+
+        return await self.engine.run_then(digest, canvas.tiles, canvas.place, then, deadline=deadline)
 
     async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.

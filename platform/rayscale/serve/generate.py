@@ -14,7 +14,7 @@ from rayscale.errors import ConfigError, TooLargeError, UnavailableError, neares
 from rayscale.imaging import F32, Media
 from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
 from rayscale.serve.gateway import Gateway
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 SAMPLES = 8  # of one run: bounds what others wait for, and memory
 

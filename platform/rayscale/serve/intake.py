@@ -18,7 +18,7 @@ from rayscale.serve.body import Body, only
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas, Plan, plan
 from rayscale.serve.gateway import Gateway, Role
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 MISSING_FROM = 128  # of a mask's gray; below this of a picture's alpha: pixels to be filled
 MOST_FRAMES = 32

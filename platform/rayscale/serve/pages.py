@@ -30,6 +30,10 @@ with 16 bits as PNG; `X-Rayscale-Bits` says what was written. Classical methods 
 **Models** are named `name`, `name@alias` or `name:version`; without a name, the only one that fits the route answers.
 `/v1/models` lists them. `method` asks for a classical method instead, to compare with.
 
+**Canaries**: a new version may answer a share of the requests to `name` or `name@alias` before it answers all of
+them. One client meets one version: who it is, is told by its bearer key, or without keys by `X-Request-Id`: send the
+same one to be answered by the same version. `X-Rayscale-Model` and `X-Rayscale-Digest` say which answered.
+
 **Keys**: where this service has any, `/v1/` answers to `Authorization: Bearer KEY` alone.
 
 Errors are `application/problem+json` (RFC 9457), with a request id; a 429 or 503 says when to come back.

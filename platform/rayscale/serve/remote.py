@@ -22,7 +22,7 @@ from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
-from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.engine import Engine, EngineSettings, T, Then
 
 CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; gRPC refuses 4 MiB
 _STALE_S = 10.0  # a backlog that was told so long ago says nothing
@@ -215,6 +215,11 @@ class RemoteEngine:
             await _all(one, len(starts), self._window)
         run_s = sum(timing.run_s for timing in timings)
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
+
+    async def run_then(self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float) -> T:
+        """As `Engine.run_then`."""
+        timing = await self.run(digest, tiles, place, deadline=deadline)
+        return await asyncio.wrap_future(then(timing))
 
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""

@@ -2,75 +2,28 @@
 
 A moved alias is prepared by every live engine first (download, digest, golden probe, warm-up), in a gateway or behind
 a handle; then one table is published. The version before stays listed, so replicas keep it warm for a rollback, which
-comes by itself where the new one fails too often in its first minutes, and stays until the alias moves.
+comes by itself where the new one fails too often in its first minutes, and stays until the alias moves. A canary has
+a share of a route beside its champion, and loses it where it does worse.
 Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rayscale import contract
-from rayscale.errors import ConfigError, MissingError, nearest
+from rayscale.errors import ConfigError, MissingError, RayscaleError, UnavailableError
 from rayscale.observe import log
+from rayscale.registry.canary import OVER, ROLLED_BACK, alias_of, end, read_share, write_taken_back
 from rayscale.serve.batching import Known, Outcome
-from rayscale.storage import Store
+from rayscale.serve.meters import Meters
+from rayscale.serve.table import Release, Rollback, Shares, Table, route_of
+from rayscale.serve.trial import Trial
 
 if TYPE_CHECKING:  # MLflow: only the process that reads the registry pays for it
-    from rayscale.registry.models import Registry
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """A registered version, as far as serving needs it."""
-
-    name: str
-    version: int
-    digest: str
-    uri: str  # of the artifact's folder
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.version}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """A version that a route does not follow, though its alias points there."""
-
-    digest: str
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Who answers for which route. Versions without a route are to be kept warm."""
-
-    generation: int = 0
-    routes: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
-    """"name@alias" -> (digest, weight), ...; the weights of a route add up to 1."""
-    versions: Mapping[str, Release] = field(default_factory=dict)
-    """digest -> release."""
-    rolled_back: Mapping[str, Rollback] = field(default_factory=dict)
-    """By route, until its alias moves."""
-    schema: int = contract.SCHEMA
-
-    @property
-    def routed(self) -> frozenset[str]:
-        """Every digest that may be asked to answer."""
-        return frozenset(digest for shares in self.routes.values() for digest, _ in shares)
-
-    def pick(self, route: str, draw: float) -> Release:
-        """The release that answers a request, by `draw` in [0, 1). Raises: MissingError for an unknown route."""
-        if route not in self.routes:
-            raise MissingError("model", route, "is not served here", nearest(route, self.routes))
-        for digest, weight in self.routes[route]:
-            draw -= weight
-            if draw < 0:
-                return self.versions[digest]
-        return self.versions[self.routes[route][-1][0]]  # the weights' rounding
+    from rayscale.registry.models import Registry, Version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +46,31 @@ class Orders:
     table: Table
     prepare: tuple[Release, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
+    watched: Mapping[str, str] = field(default_factory=dict)  # "name:version" on trial -> how it does
     # For gateways that ask engines; empty for those that run models themselves:
     num_engines: int = 0
     known: Mapping[str, Known] = field(default_factory=dict)  # what the engines can answer with
     failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why no engine has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A version that is to answer a share of a route's requests."""
+
+    release: Release
+    weight: float  # in (0, 1)
+    key: str  # which start of it: one that was rolled back may be started again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What the registry is to be told: a canary is over, or a version was rolled back by itself."""
+
+    route: str
+    release: Release
+    why: str
+    canary: str = ""  # its key; "": it was the champion, and the alias still points there
+    instead: Release | None = None  # what answers since it was rolled back; None: it was not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,41 +80,30 @@ class Desired:
     routes: Mapping[str, Release] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     names: frozenset[str] = frozenset()  # of every registered model
-
-
-FAILURES, FAILURE_RATE = 5, 0.2  # at least so many, and such a share of all: the version is rolled back
-
-
-@dataclass(eq=False)
-class _Trial:
-    """The first minutes of a version on a route."""
-
-    digest: str
-    before: tuple[tuple[str, float], ...]  # the route's shares until then
-    until: float
-    base: dict[str, Outcome]  # by replica, of a time before this one
-    now: dict[str, Outcome]
-
-    def outcome(self) -> Outcome:
-        """Of all replicas, also of those that died meanwhile."""
-        ok = sum(max(0, outcome.ok - self.base.get(k, Outcome()).ok) for k, outcome in self.now.items())
-        failed = sum(max(0, outcome.failed - self.base.get(k, Outcome()).failed) for k, outcome in self.now.items())
-        return Outcome(ok, failed)
+    canaries: Mapping[str, Canary] = field(default_factory=dict)  # by route
+    over: tuple[Ending, ...] = ()  # canaries whose time or whose champion has passed
 
 
 class Rollout:
     """The state machine. `desire` what the registry says, `sync` every replica; both may publish a new table."""
 
     def __init__(
-        self, table: Table | None = None, *, now: float, stale_s: float = 5.0, probation_s: float = 600.0
+        self,
+        table: Table | None = None,
+        *,
+        now: float,
+        stale_s: float = 5.0,
+        probation_s: float = 600.0,
+        meters: Meters | None = None,
     ) -> None:
         """`table`: the one that was kept; `stale_s`: a replica that has been silent for so long is dead.
 
-        `probation_s`: how long a new version is watched; 0: not at all.
+        `probation_s`: how long a new version is watched, and the window in which a canary is; 0: not at all.
         """
         self.table = table or Table()
-        self.stale_s, self.probation_s = stale_s, probation_s
-        self._trials: dict[str, _Trial] = {}  # by route
+        self.stale_s, self.probation_s, self._meters = stale_s, probation_s, meters
+        self.endings: list[Ending] = []  # to be told to the registry; who has done so takes them out
+        self._trials: dict[tuple[str, str], Trial] = {}  # by route and canary ("": its champion)
         # Replicas that outlived the rollout's process get the time to be heard before anything moves.
         self._publish_from = now + stale_s if self.table.routes else now
         self._desired: Desired | None = None  # unknown until the registry has answered once
@@ -153,6 +116,13 @@ class Rollout:
         One whose model is gone altogether stays too: more likely a database was lost than a service given up.
         """
         self._desired = desired
+        self._end(desired.over)
+        for route, canary in desired.canaries.items():  # rolled back in a former life, when the registry was away
+            if self._is_back(route, canary.release.digest, canary.key):
+                back = self.table.rolled_back[route]
+                ending = Ending(route=route, release=canary.release, why=back.why, canary=canary.key,
+                                instead=self.table.versions.get(back.champion))  # fmt: skip
+                self._end([ending])
         self._settle(now)
 
     def sync(self, report: Report, now: float) -> Orders:
@@ -162,9 +132,11 @@ class Rollout:
                         report.table.generation, self.table.generation)  # fmt: skip
             self.table = report.table
         self._replicas[report.replica] = (now, report)
+        for trial in self._trials.values():
+            trial.hear(report.replica, report.outcomes)
         self._judge(now)
         self._settle(now)
-        orders = Orders(table=self.table, prepare=self._prepare(), held=self.held())
+        orders = Orders(table=self.table, prepare=self._prepare(), held=self.held(), watched=self._watched())
         return orders if report.runs else self._for_gateway(orders)
 
     def _for_gateway(self, orders: Orders) -> Orders:
@@ -183,39 +155,104 @@ class Rollout:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
         if self._desired is None:
             return {}
-        waiting = {route: self._why(release) for route, release in self._pending().items()}
+        waiting = {route: "; ".join(map(self._why, releases)) for route, releases in self._pending().items()}
         lost = [route for route in self.table.routes if route.partition("@")[0] not in self._desired.names]
         gone = dict.fromkeys(lost, "the model is gone from the registry")
         back = {route: rollback.why for route, rollback in self.table.rolled_back.items()}
-        return gone | waiting | back | dict(self._desired.refused)
+        return gone | back | waiting | dict(self._desired.refused)
 
-    def _pending(self) -> dict[str, Release]:
-        desired = self._desired.routes if self._desired else {}
-        back = {(route, rollback.digest) for route, rollback in self.table.rolled_back.items()}
+    def _watched(self) -> dict[str, str]:
         return {
-            route: release
-            for route, release in desired.items()
-            if self.table.routes.get(route) != ((release.digest, 1.0),) and (route, release.digest) not in back
+            f"{self.table.versions[trial.digest]}": ("canary: " if trial.canary else "on probation: ") + trial.told()
+            for trial in self._trials.values()
+            if trial.digest in self.table.versions
         }
 
-    def _judge(self, now: float) -> None:
-        """Roll back what fails too often on probation."""
-        for route, trial in list(self._trials.items()):
-            if now >= trial.until or self.table.routes.get(route) != ((trial.digest, 1.0),):
-                del self._trials[route]
+    def _pending(self) -> dict[str, list[Release]]:
+        """By route, what is to answer for it and does not yet, because it is not prepared everywhere."""
+        found: dict[str, list[Release]] = {}
+        for route, release in (self._desired.routes if self._desired else {}).items():
+            present = dict(self.table.routes.get(route, ()))
+            if self._is_back(route, release.digest):
                 continue
-            trial.now |= self._outcomes(trial.digest)
-            ok, failed = trial.outcome()
-            if failed >= FAILURES and failed >= FAILURE_RATE * (ok + failed):
-                why = f"{self.table.versions[trial.digest]} was rolled back: {failed} of {ok + failed} runs failed"
-                log.error("%s: %s", route, why)
-                back = {**self.table.rolled_back, route: Rollback(digest=trial.digest, why=why)}
-                routes, versions = {**self.table.routes, route: trial.before}, self.table.versions
-                self._publish(Table(routes=routes, versions=versions, rolled_back=back))
+            wanted = [release, *([canary.release] if (canary := self._canary(route)) else [])]
+            if missing := [r for r in wanted if r.digest not in present]:
+                found[route] = missing
+        return found
 
-    def _outcomes(self, digest: str) -> dict[str, Outcome]:
-        """By replica."""
-        return {name: report.outcomes.get(digest, Outcome()) for name, (_, report) in self._replicas.items()}
+    def _is_back(self, route: str, digest: str, canary: str = "") -> bool:
+        rollback = self.table.rolled_back.get(route)
+        return rollback is not None and (rollback.digest, rollback.canary) == (digest, canary)
+
+    def _canary(self, route: str) -> Canary | None:
+        """What is to have a share beside the version that the route's alias points at."""
+        canary = self._desired.canaries.get(route) if self._desired else None
+        if canary is None or self._is_back(route, canary.release.digest, canary.key):
+            return None
+        return canary
+
+    def _target(self, ready: frozenset[str]) -> dict[str, Shares]:
+        """Every route with the shares that can be had now; `ready`: what every engine has prepared."""
+        assert self._desired is not None
+        refused, names = self._desired.refused, self._desired.names
+        routes = {
+            route: shares for route, shares in self.table.routes.items()
+            if route in refused or route.partition("@")[0] not in names
+        }  # fmt: skip
+        for route, release in self._desired.routes.items():
+            present = self.table.routes.get(route, ())
+            can = ready.union(dict(present))
+            follows = release.digest in can and not self._is_back(route, release.digest)
+            if follows and (canary := self._canary(route)) and canary.release.digest in can:
+                routes[route] = (release.digest, 1.0 - canary.weight), (canary.release.digest, canary.weight)
+            elif follows or present:
+                routes[route] = ((release.digest if follows else present[0][0], 1.0),)
+        return routes
+
+    def _judge(self, now: float) -> None:
+        """Take back what does worse than the version beside it."""
+        for (route, _), trial in list(self._trials.items()):
+            shares = self.table.routes.get(route, ())
+            canary = self._desired.canaries.get(route) if self._desired else None
+            stands = trial.digest in dict(shares[1:] if trial.canary else shares[:1])
+            if trial.canary:
+                stands = stands and canary is not None and (canary.key, shares[0][0]) == (trial.canary, trial.beside)
+            if not stands or (now >= trial.until and not trial.canary):
+                del self._trials[route, trial.canary]
+            elif why := trial.verdict():
+                self._take_back(route, trial, why)
+            elif now >= trial.until:
+                self._watch(route, trial.digest, trial.beside, now, trial.canary)  # the next window
+
+    def _watch(self, route: str, digest: str, beside: str, now: float, canary: str = "") -> None:
+        if self.probation_s:
+            trial = Trial(digest=digest, beside=beside, until=now + self.probation_s, canary=canary)
+            self._trials[route, canary] = trial
+            for name, (_, report) in self._replicas.items():
+                trial.hear(name, report.outcomes)
+
+    def _take_back(self, route: str, trial: Trial, why: str) -> None:
+        release = self.table.versions[trial.digest]
+        what = f"canary {release}" if trial.canary else f"{release}"
+        rollback = Rollback(
+            digest=trial.digest,
+            why=f"{what} was rolled back: {why}",
+            canary=trial.canary,
+            champion=trial.beside if trial.canary else "",
+        )
+        log.error("%s: %s", route, rollback.why)
+        if self._meters:
+            of = "canary" if trial.canary else "champion"
+            self._meters.add("rayscale_rollbacks_total", model=release.name, of=of)
+        del self._trials[route, trial.canary]
+        instead = self.table.versions[trial.beside]
+        self._end([Ending(route=route, release=release, why=why, canary=trial.canary, instead=instead)])
+        routes = {**self.table.routes, route: ((trial.beside, 1.0),)}
+        self._publish(routes, {**self.table.rolled_back, route: rollback})
+
+    def _end(self, endings: Iterable[Ending]) -> None:
+        told = {(ending.route, ending.canary) for ending in self.endings if ending.canary}
+        self.endings += [ending for ending in endings if (ending.route, ending.canary) not in told]
 
     def _why(self, release: Release) -> str:
         reports = [report for _, report in self._replicas.values() if report.runs]
@@ -226,11 +263,13 @@ class Rollout:
         return f"{release} is being prepared: {ready} of {len(reports)} engines are ready"
 
     def _prepare(self) -> tuple[Release, ...]:
-        """Routes first (a new replica's way to readiness), then what is pending, then what stays warm."""
-        routed = self.table.routed
-        releases = [self.table.versions[digest] for digest in sorted(routed)]
-        releases += self._pending().values()
-        releases += [release for digest, release in self.table.versions.items() if digest not in routed]
+        """Champions first (a new replica's way to readiness), then canaries, what is pending, what stays warm."""
+        versions = self.table.versions
+        champions = {shares[0][0] for shares in self.table.routes.values()}
+        digests = [*sorted(champions), *sorted(self.table.routed - champions)]
+        releases = [versions[digest] for digest in digests]
+        releases += [release for pending in self._pending().values() for release in pending]
+        releases += versions.values()
         return tuple({release.digest: release for release in releases}.values())
 
     def _settle(self, now: float) -> None:
@@ -238,79 +277,129 @@ class Rollout:
         self._replicas = {k: (seen, r) for k, (seen, r) in self._replicas.items() if now - seen < self.stale_s}
         if self._desired is None:
             return
-        followed = {*self._desired.routes, *self.held()}
-        routes = {route: shares for route, shares in self.table.routes.items() if route in followed}
-        moved = {}
         engines = [report for _, report in self._replicas.values() if report.runs]
+        ready: frozenset[str] = frozenset()
         if engines and now >= self._publish_from:
             ready = frozenset.intersection(*(engine.prepared for engine in engines))
-            moved = {route: release for route, release in self._pending().items() if release.digest in ready}
-        for route, release in moved.items():
-            if (before := self.table.routes.get(route)) and self.probation_s:
-                base, until = self._outcomes(release.digest), now + self.probation_s
-                self._trials[route] = _Trial(release.digest, before, until, base, {})
-            routes[route] = ((release.digest, 1.0),)
+        old, routes = self.table.routes, self._target(ready)
         back = {
-            route: rollback
-            for route, rollback in self.table.rolled_back.items()
-            if route in routes and self._desired.routes.get(route, rollback).digest == rollback.digest
-        }
-        if (routes, back) == (self.table.routes, self.table.rolled_back):
-            return
-        known = {**self.table.versions, **{r.digest: r for r in moved.values()}}
-        replaced = {digest for route in moved for digest, _ in self.table.routes.get(route, ())}
-        renewed = {release.name for release in moved.values()}
-        routed = {digest for shares in routes.values() for digest, _ in shares}
-        keep = {
-            digest: release
-            for digest, release in known.items()
-            if digest in routed or digest in replaced or release.name not in renewed
-        }
-        self._publish(Table(routes=routes, versions=keep, rolled_back=back))
+            route: rollback for route, rollback in self.table.rolled_back.items()
+            if route in routes and self._holds(route, rollback)
+        }  # fmt: skip
+        if (routes, back) != (old, self.table.rolled_back):
+            self._publish(routes, back)
+        for route, shares in routes.items():
+            if old.get(route) and old[route][0][0] != shares[0][0]:
+                self._watch(route, shares[0][0], old[route][0][0], now)
+            canary = self._desired.canaries.get(route)
+            if canary and len(shares) > 1 and (route, canary.key) not in self._trials:
+                self._watch(route, canary.release.digest, shares[0][0], now, canary.key)
 
-    def _publish(self, table: Table) -> None:
-        self.table = replace(table, generation=self.table.generation + 1)
-        routes = ", ".join(f"{route} -> {table.versions[s[0][0]]}" for route, s in sorted(table.routes.items()))
-        log.info("table %d: %s", self.table.generation, routes)
+    def _holds(self, route: str, rollback: Rollback) -> bool:
+        """Whether what was rolled back stays so: until its alias moves, or another canary is started."""
+        assert self._desired is not None
+        release, canary = self._desired.routes.get(route), self._desired.canaries.get(route)
+        if rollback.canary and canary and canary.key != rollback.canary:
+            return False
+        return release is None or release.digest == (rollback.champion or rollback.digest)
+
+    def _publish(self, routes: Mapping[str, Shares], back: Mapping[str, Rollback]) -> None:
+        """A new table. Versions that answer are kept, and of every route the champion before."""
+        old, before = self.table, {k: v for k, v in self.table.before.items() if k in routes}
+        for route, shares in routes.items():
+            if route in old.routes and old.routes[route][0][0] != shares[0][0]:
+                before[route] = old.routes[route][0][0]
+        table = Table(generation=old.generation + 1, routes=routes, before=before, rolled_back=back)
+        new = [release for pending in self._pending().values() for release in pending]
+        known = {**old.versions, **{release.digest: release for release in new}}
+        keep = table.routed.union(before.values())
+        self.table = replace(table, versions={d: release for d, release in known.items() if d in keep})
+        told = ", ".join(f"{route} -> {self._told(shares)}" for route, shares in sorted(routes.items()))
+        log.info("table %d: %s", self.table.generation, told)
+
+    def _told(self, shares: Shares) -> str:
+        champion, *canaries = (f"{self.table.versions[digest]}" for digest, _ in shares)
+        return champion + "".join(f" and {100 * shares[1][1]:g} % {canary}" for canary in canaries)
 
 
-# --- where the desired state and the last table are kept --------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------
 
 
-def route_of(model: str) -> str:
-    """ "name" -> "name@champion"."""
-    return model if "@" in model else f"{model}@champion"
-
-
-def read_desired(registry: Registry, models: tuple[str, ...]) -> Desired:
+def read_desired(
+    registry: Registry, models: tuple[str, ...], gated: Callable[[str, str], bool] | None = None
+) -> Desired:
     """Ask the registry. `models`: "name@alias", with `*` in the name for any that has the alias.
 
+    gated: did this digest of this name pass its gate? None: an alias is followed in any case.
     Raises: UnavailableError when it does not answer.
     """
-    routes: dict[str, Release] = {}
     refused: dict[str, str] = {}
-    registered = registry.names()
+
+    def resolved(reference: str, gate: str) -> Version | None:
+        try:
+            version = registry.resolve(reference)
+        except MissingError:
+            return None
+        except ConfigError as error:  # another tool's version, or a malformed reference
+            refused[reference] = str(error)
+            return None
+        if gated is not None and not gated(version.name, version.digest):
+            remedy = f"`rayscale promote {version} --alias {gate}`"
+            refused[reference] = f"{version} passed no gate, and require_gate is set; {remedy}"
+            return None
+        return version
+
+    routes: dict[str, Release] = {}
+    canaries: dict[str, Canary] = {}
+    over: list[Ending] = []
+    standing = registry.standing()
     for pattern in models:
         name_pattern, _, alias = route_of(pattern).partition("@")
         is_pattern = any(c in name_pattern for c in "*?[")
-        names = fnmatch.filter(registered, name_pattern) if is_pattern else [name_pattern]
-        for name in names:
-            route = f"{name}@{alias}"
+        for name in fnmatch.filter(standing, name_pattern) if is_pattern else [name_pattern]:
+            route, beside = f"{name}@{alias}", f"{name}@{alias_of(alias)}"
+            stands = standing.get(name, {})
+            if alias not in stands or not (champion := resolved(route, alias)):
+                continue
+            routes[route] = _release(champion)
+            if alias_of(alias) not in stands or not (version := resolved(beside, "challenger")):
+                continue
             try:
-                v = registry.resolve(route)
-            except MissingError:
+                found = _canary(route, champion, version)
+            except ConfigError as error:
+                refused[beside] = str(error)
                 continue
-            except ConfigError as error:  # another tool's version, or a malformed reference
-                refused[route] = str(error)
-                continue
-            routes[route] = Release(name=v.name, version=v.version, digest=v.digest, uri=v.uri)
-    return Desired(routes=routes, refused=refused, names=frozenset(registered))
+            if isinstance(found, Ending):
+                over.append(found)
+            else:
+                canaries[route] = found
+    names = frozenset(standing)
+    return Desired(routes=routes, refused=refused, names=names, canaries=canaries, over=tuple(over))
 
 
-def read_table(store: Store, key: str) -> Table:
-    """The table as it was last kept, an empty one where there is none."""
-    return contract.loads(Table, store.read(key), key) if store.exists(key) else Table()
+def _release(version: Version) -> Release:
+    return Release(name=version.name, version=version.version, digest=version.digest, uri=version.uri)
 
 
-def write_table(store: Store, key: str, table: Table) -> None:
-    store.write(key, contract.dumps(table).encode())
+def _canary(route: str, champion: Version, version: Version) -> Canary | Ending:
+    """What the registry says of a canary. Raises: ConfigError where it says nothing that can be followed."""
+    asked = read_share(version, route.partition("@")[2])
+    if why := asked.over(champion.version, version.version):
+        return Ending(route=route, release=_release(version), why=why, canary=asked.since)
+    return Canary(release=_release(version), weight=asked.weight / 100, key=asked.since)
+
+
+def write_ending(registry: Registry, ending: Ending) -> None:
+    """Tell the registry what ended here: a canary's alias goes, a champion's stays. Raises: UnavailableError."""
+    alias, release, why = ending.route.partition("@")[2], ending.release, ending.why
+    try:
+        if ending.canary:
+            decision = ROLLED_BACK if ending.instead else OVER
+            number, since = release.version, ending.canary
+            end(registry, release.name, alias, decision=decision, why=why, version=number, since=since)
+        elif ending.instead:
+            write_taken_back(registry, str(release), alias, to=ending.instead.version, why=why)
+    except UnavailableError:
+        raise
+    except RayscaleError as error:  # moved or deleted by somebody else meanwhile: the next look tells
+        log.warning("%s: %s", ending.route, error)

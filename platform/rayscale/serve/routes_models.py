@@ -12,8 +12,9 @@ from rayscale.contract import ModelCard
 from rayscale.errors import MissingError, nearest
 from rayscale.serve import problems
 from rayscale.serve.gateway import Gateway, Role, role_of
-from rayscale.serve.rollout import Release, Table, route_of
+from rayscale.serve.table import Release, Table, route_of
 
+HELD = "aliases that are not followed yet, versions that were rolled back by themselves, and why"
 ROLES: tuple[Role, ...] = ("upscale", "restore", "burst", "generate", "embed")
 
 
@@ -22,7 +23,12 @@ class ModelInfo(pydantic.BaseModel):
 
     name: str = pydantic.Field(examples=["photos-x2"])
     version: int = pydantic.Field(examples=[3])
-    aliases: list[str] = pydantic.Field(description="empty: kept warm for a rollback", examples=[["champion"]])
+    aliases: list[str] = pydantic.Field(
+        description="empty: kept warm for a rollback, or a canary", examples=[["champion"]]
+    )
+    canary: dict[str, float] = pydantic.Field(
+        description="alias -> share of its requests, of a version that is tried out beside it", examples=[{}]
+    )
     digest: str = pydantic.Field(description="SHA-256 of the artifact")
     ready: bool
     kind: str | None = pydantic.Field(default=None, examples=["transform"])
@@ -44,7 +50,11 @@ class ModelList(pydantic.BaseModel):
         description="the same for every route that has one", examples=[{"upscale": "photos-x2@champion"}]
     )
     models: list[ModelInfo]
-    held: dict[str, str] = pydantic.Field(description="aliases that are not followed yet, and why")
+    held: dict[str, str] = pydantic.Field(description=HELD)
+    watched: dict[str, str] = pydantic.Field(
+        description="canaries, and new champions on probation, and how they do",
+        examples=[{"photos-x2:4": "canary: 210 runs, 0 failed, 1.02 times the time"}],
+    )
 
 
 class Version(ModelInfo):
@@ -64,7 +74,7 @@ class ModelDetail(pydantic.BaseModel):
         description="alias -> share of the requests by version", examples=[{"champion": {"photos-x2:3": 1.0}}]
     )
     versions: list[Version]
-    held: dict[str, str] = pydantic.Field(description="aliases that are not followed yet, and why")
+    held: dict[str, str] = pydantic.Field(description=HELD)
 
 
 def listed(gateway: Gateway) -> ModelList:
@@ -77,6 +87,7 @@ def listed(gateway: Gateway) -> ModelList:
         defaults=defaults,
         models=[ModelInfo(**_facts(gateway, table, release)) for release in _ordered(table)],
         held=dict(gateway.routing.held),
+        watched=dict(gateway.routing.watched),
     )
 
 
@@ -114,12 +125,19 @@ def _ordered(table: Table) -> list[Release]:
 
 
 def _facts(gateway: Gateway, table: Table, release: Release) -> dict[str, Any]:
-    routes = [route for route, shares in table.routes.items() if release.digest in dict(shares)]
+    routes = [route for route, shares in table.routes.items() if release.digest == shares[0][0]]
+    canary = {
+        route: share
+        for route, (_, *others) in table.routes.items()
+        for digest, share in others
+        if digest == release.digest
+    }
     facts: dict[str, Any] = {
         "name": release.name,
         "version": release.version,
         "digest": release.digest,
         "aliases": sorted(route.partition("@")[2] for route in routes),
+        "canary": {route.partition("@")[2]: share for route, share in canary.items()},
         "ready": release.digest in gateway.engine.digests,
     }
     if facts["ready"]:

@@ -12,8 +12,9 @@ from rayscale.errors import ConfigError, MediaTypeError
 from rayscale.serve import pages
 from rayscale.serve.answers import negotiate, respond
 from rayscale.serve.body import JSON, Body, read_body
-from rayscale.serve.gateway import Gateway, Role
+from rayscale.serve.gateway import Gateway, Role, who_asks
 from rayscale.serve.generate import GenerateRequest, check, generate
+from rayscale.serve.lean import LeanRoute
 from rayscale.serve.methods import Merging, Restoring, Upscaling
 from rayscale.serve.transform import Finish, by_method, by_model
 
@@ -66,7 +67,7 @@ _MASK = "of the picture's size; white where pixels are missing. Without it, tran
 
 def routes(gateway: Gateway) -> APIRouter:
     """The routes over one gateway."""
-    router = APIRouter(tags=["pictures"])
+    router = APIRouter(tags=["pictures"], route_class=LeanRoute)
     answers = pages.picture_answers(
         pages.headers(**{k.replace("-", "_"): v for k, v in pages.OF_PICTURES.items()}),
         pages.pictures_json(tiling="tiled 9", size="2048x1536"),
@@ -87,7 +88,7 @@ def routes(gateway: Gateway) -> APIRouter:
             return await respond(
                 gateway, request, lambda body: by_method(gateway, body, query.method or "", role, factor, finish)
             )
-        release = gateway.resolve(query.model, role, scale)
+        release = gateway.resolve(query.model, role, scale, who=who_asks(request.scope))
         request.scope["rayscale.model"] = release.name
         return await respond(gateway, request, lambda body: by_model(gateway, body, release, role, finish))
 
@@ -148,7 +149,7 @@ def routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, SETTINGS_BYTES, gateway.settings.timeout_s)
         ask = _asked(body)
         check(gateway, ask, form)
-        release = gateway.resolve(ask.model, "generate")
+        release = gateway.resolve(ask.model, "generate", who=who_asks(request.scope))
         request.scope["rayscale.model"] = release.name
         return await respond(gateway, request, lambda _: generate(gateway, ask, release, form), body)
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from rayscale.errors import ConfigError
 from rayscale.serve import pages, problems
 from rayscale.serve.answers import respond
-from rayscale.serve.gateway import Gateway
+from rayscale.serve.gateway import Gateway, who_asks
 from rayscale.serve.methods import Measure
 from rayscale.serve.vectors import embed, similarity
 
@@ -110,7 +110,7 @@ def routes(gateway: Gateway) -> APIRouter:
         openapi_extra=pages.body({"image": "the picture; several parts, or a list in JSON, for several"}),
     )
     async def embedded(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
-        release = gateway.resolve(query.model, "embed")
+        release = gateway.resolve(query.model, "embed", who=who_asks(request.scope))
         request.scope["rayscale.model"] = release.name
         return await respond(gateway, request, lambda body: embed(gateway, body, release, query.side_px))
 
@@ -133,7 +133,7 @@ def routes(gateway: Gateway) -> APIRouter:
             )
         if not model and not wanted:  # as much as can be said
             model = gateway.default("embed") or ""
-        release = gateway.resolve(model, "embed") if model or "cosine" in wanted else None
+        release = gateway.resolve(model, "embed", who=who_asks(request.scope)) if model or "cosine" in wanted else None
         if release is None and query.side_px:
             raise ConfigError("side_px", query.side_px, "has no effect without a model that embeds", "leave it out")
         if release is not None:

@@ -14,7 +14,7 @@ from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.gateway import Gateway, Role
 from rayscale.serve.intake import Work, admit, burst, check_output, decode, decode_burst, prepare, single
 from rayscale.serve.methods import MASKED, filtered, merged
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,13 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
     work, decode_s = await gateway.codec(prepare, gateway, body, release, role, deadline)
     canvas = work.canvas
     admit(gateway, release, work.plan, deadline)  # again: others were let in while it was decoded
+    about = {**gateway.about(release), "tiling": work.plan.tiling}
+    ending = _finish, gateway, work, finish, about
     if isinstance(canvas, DeepCanvas):
         timing = await deep.run(gateway, canvas, release.digest, work.spec.outputs[0].name, deadline)
+        answer, encode_s = await gateway.codec(*ending)
     else:
-        timing = await gateway.engine.run(release.digest, canvas.tiles, canvas.place, deadline=deadline)
-    about = {**gateway.about(release), "tiling": work.plan.tiling}
-    answer, encode_s = await gateway.codec(_finish, gateway, work, finish, about)
+        timing, answer, encode_s = await gateway.made(release.digest, canvas, deadline, *ending)
     gateway.meters.add("rayscale_tiles_total", len(work.plan.tiles), model=release.name)
     gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
     spans = {"decode": decode_s, "queue": timing.queue_s, "infer": timing.run_s, "encode": encode_s}

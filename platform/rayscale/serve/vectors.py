@@ -20,7 +20,7 @@ from rayscale.serve.body import JSON, Body, json_parts, only
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.intake import check_total, header_of
 from rayscale.serve.methods import Measure, applicable, compared
-from rayscale.serve.rollout import Release
+from rayscale.serve.table import Release
 
 EMBED_PX = 512  # the longer side that a model of any size is shown, unless `side_px` says another
 

@@ -64,19 +64,23 @@ class Filled(nn.Module):
     """f32[n, 3, h, w] and a mask f32[n, 1, h, w], 1 where pixels are missing -> the picture, filled there alone.
 
     What the net corrects is a first filling: the mean of what is known, in growing neighbourhoods, nearest first
-    (normalised convolution: Knutsson and Westin, CVPR 1993). Whatever stands in missing pixels is not looked at.
+    (normalised convolution: Knutsson and Westin, CVPR 1993), then `steps` of diffusion, each pixel the mean of its
+    four neighbours. Whatever stands in missing pixels is not looked at.
     """
 
     kernel: Tensor
+    cross: Tensor
 
-    def __init__(self, net: nn.Module, levels: int) -> None:
+    def __init__(self, net: nn.Module, levels: int, steps: int) -> None:
         super().__init__()
-        self.net, self.levels = net, levels
+        self.net, self.levels, self.steps = net, levels, steps
         line = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("kernel", torch.outer(line, line).expand(4, 1, 3, 3).contiguous(), persistent=False)
+        cross = torch.tensor([[0.0, 0.25, 0.0], [0.25, 0.0, 0.25], [0.0, 0.25, 0.0]])
+        self.register_buffer("cross", cross.expand(3, 1, 3, 3).contiguous(), persistent=False)
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        first = self.first_filling(image, mask)
+        first = self.diffused(self.first_filling(image, mask), mask)
         found: Tensor = first + self.net(torch.cat([first, mask], 1))
         return image * (1 - mask) + found * mask
 
@@ -96,6 +100,13 @@ class Filled(nn.Module):
             missing = missing * (1 - trust)
         return filled
 
+    def diffused(self, filled: Tensor, mask: Tensor) -> Tensor:
+        """Towards the harmonic surface over the hole: most of the way near its rim, where filling is not guessing."""
+        for _ in range(self.steps):
+            around = nn.functional.pad(filled, (1, 1, 1, 1), mode="replicate")
+            filled = filled * (1 - mask) + nn.functional.conv2d(around, self.cross, groups=3) * mask
+        return filled
+
 
 @dataclass(frozen=True, kw_only=True)
 class Restore:
@@ -107,6 +118,7 @@ class Restore:
     shuffle: int = 1  # works at 1/shuffle of the resolution, on shuffle^2 times the channels
     masked: bool = False  # inpainting: a mask is the second input
     fill_levels: int = 6  # of the first filling of missing pixels: it sees 2^levels - 1 px far
+    fill_steps: int = 16  # of diffusion after it, each of which sees one pixel further
     loss_kind: Literal["l1", "charbonnier", "mse"] = "l1"
     optimizer: Optimizer = Optimizer()
     clip_norm: float | None = 1.0
@@ -119,6 +131,7 @@ class Restore:
             "dilations": (bool(self.dilations) and min(self.dilations) >= 1, "must name at least one, from 1 px"),
             "shuffle": (self.shuffle in (1, 2, 4), "must be 1, 2 or 4"),
             "fill_levels": (1 <= self.fill_levels <= 9, "must be in 1..9"),
+            "fill_steps": (0 <= self.fill_steps <= 64, "must be in 0..64"),
         }
         for name, (good, rule) in rules.items():
             if not good:
@@ -149,7 +162,7 @@ class Restore:
     def halo_px(self) -> int:
         """Exact receptive radius: of the pixel of a shuffled cell that sees furthest."""
         radius = sum(self._dilations) * self.shuffle + self.shuffle - 1
-        return radius + (2**self.fill_levels - 1 if self.masked else 0)
+        return radius + (2**self.fill_levels - 1 + self.fill_steps if self.masked else 0)
 
     @property
     def _dilations(self) -> tuple[int, ...]:
@@ -162,7 +175,7 @@ class Restore:
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         net = RestoreNet(4 if self.masked else 3, self.features, self._dilations, self.shuffle)
-        whole = (Filled(net, self.fill_levels) if self.masked else Corrected(net)).to(device)
+        whole = (Filled(net, self.fill_levels, self.fill_steps) if self.masked else Corrected(net)).to(device)
         return {"net": whole, "ema": ema_of(whole)}
 
     def loss(self, turn: str, nets: Mapping[str, nn.Module], batch: Batch) -> Losses:
