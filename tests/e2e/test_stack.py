@@ -234,12 +234,12 @@ def test_the_database_restarted_during_training_costs_no_record(stack: Stack, fi
     client = stack.registry.client
     runs = [client.get_run(found["mlflow_run_id"]) for found in (result, first)]
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
-    steps = [{m.step for m in client.get_metric_history(run.info.run_id, "psnr_y")} for run in runs]
+    steps = [{m.step for m in client.get_metric_history(run.info.run_id, "validation/psnr_y")} for run in runs]
     assert steps[0] == steps[1] != set(), "every validation is on record"
     assert stack.champion() == (first["version"], first["digest"])
 
 
-@pytest.mark.parametrize("moment", ["scoring", "recorded"])
+@pytest.mark.parametrize("moment", ["recorded"])
 def test_mlflow_killed_during_a_promotion(
     stack: Stack, first: dict[str, Any], second: dict[str, Any], moment: str
 ) -> None:
