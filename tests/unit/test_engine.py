@@ -140,7 +140,10 @@ def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
     with pytest.raises(TooLargeError, match="looks everywhere"):
         plan(inexact, 201, 200, settings)
     far = small["card"](halo_px=60).spec  # more than the tile could hold: the tile grows
-    assert plan(far, 500, 300, settings).tiles[0].height == 240
+    tiles = plan(far, 500, 300, replace(settings, max_batch=2)).tiles
+    assert (tiles[0].height, tiles[0].width) == (240, 240)
+    fitted = plan(far, 500, 300, settings).tiles  # alone in its batch a picture has windows of its own size
+    assert (len(fitted), fitted[0].height, fitted[0].width) == (len(tiles), 224, 224)
 
 
 # --- the queue
