@@ -370,6 +370,21 @@ def plan_tiles(
     )
 
 
+def fitted_side(length: int, *, tile_px: int, halo_px: int, align: int) -> int:
+    """The smallest window that cuts a length into as few as tile_px does: the last one then overlaps the least.
+
+    On a grid of 16 px, for the sake of what remembers shapes; tile_px is the largest.
+    """
+
+    def count(side: int) -> int:
+        return 1 + max(0, -(-(length - side) // ((side - 2 * halo_px) // align * align)))
+
+    fewest, grid = count(tile_px), math.lcm(align, 16)
+    least = max(-(-length // fewest), 2 * halo_px + align)
+    sides = range(-(-least // grid) * grid, tile_px, grid)
+    return next((side for side in sides if count(side) <= fewest), tile_px)
+
+
 def _spans(side: int, tile_px: int, halo_px: int, align: int) -> list[tuple[int, int, int]]:
     """(start, first kept, end of kept) of the windows along one axis."""
     step = (tile_px - 2 * halo_px) // align * align

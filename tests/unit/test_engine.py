@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,10 @@ def test_whole_or_tiled_is_decided_by_area_and_halo() -> None:
     with pytest.raises(TooLargeError, match="looks everywhere"):
         plan(inexact, 201, 200, settings)
     far = small["card"](halo_px=60).spec  # more than the tile could hold: the tile grows
-    assert plan(far, 500, 300, settings).tiles[0].height == 240
+    tiles = plan(far, 500, 300, replace(settings, max_batch=2)).tiles
+    assert (tiles[0].height, tiles[0].width) == (240, 240)
+    fitted = plan(far, 500, 300, settings).tiles  # alone in its batch a picture has windows of its own size
+    assert (len(fitted), fitted[0].height, fitted[0].width) == (len(tiles), 224, 224)
 
 
 # --- the queue
@@ -550,6 +554,53 @@ def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -
 
     asyncio.run(main())
     assert session.runs[1:] in ([[2, 3]], [[3]])
+
+
+def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    begun: list[Future[str]] = []
+
+    def then(timing: Timing) -> Future[str]:
+        begun.append(Future())
+        return begun[-1]
+
+    async def ask_then(name: int, timeout_s: float = 10.0) -> str:
+        return await engine.run_then("d", [tile(name)], nowhere, then, deadline=time.monotonic() + timeout_s)
+
+    async def main() -> None:
+        made = asyncio.create_task(ask_then(1, 0.5))
+        await until(lambda: len(begun) == 1)
+        await asyncio.sleep(0.6)  # the deadline is the tiles'
+        begun[0].set_result("encoded")
+        assert await made == "encoded"
+
+        failed = asyncio.create_task(ask_then(2))
+        await until(lambda: len(begun) == 2)
+        begun[1].set_exception(ValueError("no encoder"))
+        with pytest.raises(ValueError, match="no encoder"):
+            await failed
+
+        gone = asyncio.create_task(ask_then(3))
+        await until(lambda: len(begun) == 3)
+        gone.cancel()
+        await until(begun[2].cancelled)
+
+        with pytest.raises(ValueError, match="poison"):
+            await ask_then(POISON)
+        session.gate.clear()
+        late = asyncio.create_task(ask_then(4, 0.05))
+        dropped = asyncio.create_task(ask_then(5))
+        with pytest.raises(UnavailableError, match="deadline"):
+            await late
+        dropped.cancel()
+        await asyncio.sleep(0)
+        session.gate.set()
+        await ask(engine, 6)
+        assert [5] not in session.runs
+        assert len(begun) == 3
+
+    asyncio.run(main())
 
 
 def test_a_model_of_one_size_takes_others_in_tiles_of_it_or_refuses_them() -> None:

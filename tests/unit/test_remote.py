@@ -7,6 +7,7 @@ import pickle
 import runpy
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, IntegrityError, UnavailableError
 from rayscale.serve import remote
+from rayscale.serve.batching import Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, Runner, plan
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply, RetryBudget
 
@@ -118,8 +120,13 @@ def picture(height: int, width: int, seed: int = 0) -> U8:
 
 async def upscale(engine: Runner, hwc: U8, timeout_s: float = 20.0) -> U8:
     canvas = Canvas(plan(engine.session("d").card.spec, *hwc.shape[:2], engine.settings), hwc)
-    await engine.run("d", canvas.tiles, canvas.place, deadline=time.monotonic() + timeout_s)
-    return canvas.result
+
+    def then(timing: Timing) -> Future[U8]:
+        end: Future[U8] = Future()
+        end.set_result(canvas.result)
+        return end
+
+    return await engine.run_then("d", canvas.tiles, canvas.place, then, deadline=time.monotonic() + timeout_s)
 
 
 def doubled(hwc: U8) -> U8:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayscale.errors import ConfigError
-from rayscale.imaging import F32, Tile, place, plan_tiles, run_tiled
+from rayscale.imaging import F32, Tile, fitted_side, place, plan_tiles, run_tiled
 
 
 def faults(tiles: tuple[Tile, ...], height: int, width: int, halo_px: int, align: int) -> set[str]:
@@ -58,6 +58,25 @@ def test_every_plan_is_exact(plan: tuple[int, int, int, int, int]) -> None:
     assert (tiles[0].height, tiles[0].width) == (min(tile_px, height), min(tile_px, width))
     if height <= tile_px and width <= tile_px:
         assert tiles == (Tile(0, 0, height, width, 0, height, 0, width),)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans())
+def test_fitted_windows_are_as_few_and_no_larger(plan: tuple[int, int, int, int, int]) -> None:
+    height, width, tile_px, halo_px, align = plan
+    cut = {"halo_px": halo_px, "align": align}
+    tall, wide = (fitted_side(side, tile_px=tile_px, **cut) for side in (height, width))
+    assert max(tall, wide) <= tile_px
+    fitted, usual = (plan_tiles(height, width, tile_px=px, **cut) for px in ((tall, wide), tile_px))
+    assert faults(fitted, height, width, halo_px, align) == set()
+    assert len(fitted) == len(usual)
+    assert all(f.height <= u.height and f.width <= u.width for f, u in zip(fitted, usual, strict=True))
+
+
+def test_fitted_windows_save_what_the_last_one_would_overlap() -> None:
+    assert [t.y for t in plan_tiles(520, 8, tile_px=256, halo_px=8)] == [0, 240, 264]
+    assert fitted_side(520, tile_px=256, halo_px=8, align=1) == 192  # 3 * 192 of 3 * 256
+    assert [t.y for t in plan_tiles(520, 8, tile_px=192, halo_px=8)] == [0, 176, 328]
 
 
 def test_broken_plans_are_caught() -> None:

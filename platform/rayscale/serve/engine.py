@@ -61,7 +61,7 @@ class EngineSettings:
 
     device: artifact.Device = "auto"
     threads: int = 0  # of ONNX Runtime; 0: the CPUs of this process
-    tile_px: int = 256
+    tile_px: int = 256  # at most; just that where tiles of several pictures share a batch
     whole_max_px: int = 512 * 512  # up to this area a picture runs untiled: the same bytes for less work
     untiled_max_px: int = 4_000_000  # the same for models that have no exact tiling
     max_batch: int = 1  # tiles of one shape in one run: on a CPU more gains nothing
@@ -115,7 +115,11 @@ def plan(spec: Spec, height: int, width: int, settings: EngineSettings) -> Plan:
     else:
         # A tile keeps at least half of its side, however far the model sees.
         side = -(-max(settings.tile_px, 4 * spec.halo_px) // spec.align) * spec.align
-        tiles = imaging.plan_tiles(tall, wide, tile_px=side, halo_px=spec.halo_px, align=spec.align)
+        cut = {"halo_px": spec.halo_px, "align": spec.align}
+        sides = (side, side)
+        if settings.max_batch == 1 and not spec.halo_error:  # nothing shares a batch: windows of the picture's own size
+            sides = (imaging.fitted_side(tall, tile_px=side, **cut), imaging.fitted_side(wide, tile_px=side, **cut))
+        tiles = imaging.plan_tiles(tall, wide, tile_px=sides, **cut)
     padded = {"padded_height": tall, "padded_width": wide}
     return Plan(height=height, width=width, **padded, scale=spec.scale, tiles=tiles, error=spec.halo_error)
 
