@@ -52,6 +52,8 @@ def test_the_guide_names_files_that_are_there() -> None:
     for file in named:
         if file != "infra/compose/.env":
             assert (ROOT / file).exists(), file
+    stack = (ROOT / "infra/local/stack/__main__.py").read_text()
+    assert all(f'("{words[2]}"' in stack for words in lines("python infra/local/stack", GUIDE))
     tree = blocks("", GUIDE)[0]
     assert {line.split("/ ")[0] for line in tree.splitlines() if line.startswith("infra/")} == {
         f"infra/{folder.name}" for folder in (ROOT / "infra").iterdir() if folder.is_dir()
