@@ -19,7 +19,7 @@ from torch import nn
 
 from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
-from rayscale.contract import ModelCard, Scores, Spec, TensorSpec
+from rayscale.contract import Lineage, ModelCard, Scores, Spec, TensorSpec
 from rayscale.data import presets
 from rayscale.data.operators import Bicubic, Mask
 from rayscale.data.pack import pack
@@ -48,7 +48,7 @@ from rayscale.evaluate import (
 )
 from rayscale.features import FeatureNet
 from rayscale.imaging import U8, decode_rgb, encode, to_hwc_u8
-from rayscale.registry.gate import Gate, Hold, Promote, decide
+from rayscale.registry.gate import Contest, Gate, Hold, Promote, decide
 
 ARTIFACT = Path(__file__).parents[1] / "golden" / "artifact_v1"
 SET5 = Path(__file__).parents[3] / "shared" / "data" / "eval" / "Set5"
@@ -154,10 +154,11 @@ def test_pictures_that_are_not_finite_score_nan_and_pass_no_gate(tmp_path: Path)
     assert sample_grid(suite, {"model": broken}, max_images=3, crop_px=32).ndim == 3
 
     card = ModelCard(family="x", spec=Spec(kind="transform", inputs=(), outputs=(), halo_px=0), licence="MIT",
-                     parity_max_abs=0.0)  # fmt: skip
+                     parity_max_abs=0.0, lineage=Lineage(recipe="r", code_version="1"))  # fmt: skip
     gate = Gate(min_gain_db_over_baseline=-100, max_image_loss_db=100, also=())
-    assert isinstance(decide(scores, None, base, gate, card), Hold)
-    assert isinstance(decide(base, None, replace(base, subject="other"), gate, card), Promote)
+    other = replace(base, subject="other")
+    assert isinstance(decide({"s": Contest(candidate=scores, baseline=base)}, gate, card), Hold)
+    assert isinstance(decide({"s": Contest(candidate=base, baseline=other)}, gate, card), Promote)
     with np.errstate(invalid="ignore"):  # negative control: as uint8 it would be a picture like any other
         assert to_hwc_u8(np.full((1, 3, 2, 2), np.nan, np.float32)).dtype == np.uint8
     with pytest.raises(DivergedError, match="NaN"):
