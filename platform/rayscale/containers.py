@@ -82,11 +82,12 @@ def _png(data: bytes, name: str, unpack: bool) -> bytes:
     at, count, most, changed = 8, 0, MAX_PARTS + len(data) // BYTES_PER_CHUNK, False
 
     def put_pixels() -> None:
-        nonlocal pixels, changed
+        nonlocal pixels, changed, unpacked
         if pixels:
             stored = _stored(pixels, unpacked)
             kept.extend(_chunk(stored or pixels))
-            changed, pixels = changed or bool(stored), []
+            # Pixels are one run of chunks: what comes after another chunk is not looked at, however much it would be.
+            changed, pixels, unpacked = changed or bool(stored), [], 0
 
     while at + 12 <= len(data):
         count += 1
@@ -94,7 +95,8 @@ def _png(data: bytes, name: str, unpack: bool) -> bytes:
             raise _too_many(name, f"PNG of more than {most} chunks", most)
         kind = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if kind == b"IDAT" and end <= len(data) and data[24] <= 8:  # OpenCV, which reads 16, looks at each checksum
+        # OpenCV, which reads 16 bits, looks at the checksum of each chunk: those stay.
+        if kind == b"IDAT" and end <= len(data) and data[24:25] <= b"\x08":
             pixels.append(view[at + 8 : end - 4])
         elif kind not in _PNG_NEEDED or kind in once:
             changed = True

@@ -74,8 +74,8 @@ def test_a_canary_is_started_raised_and_stopped_and_all_of_it_is_recorded(regist
 
 def test_what_cannot_be_a_canary_is_refused_and_moves_nothing(registry: Registry, tmp_path: Path) -> None:
     wrong: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
-        (ConfigError, "give a share or --stop", "photos:2", {}),
-        (ConfigError, "give a share or --stop", "photos:2", {"weight": 5, "stop": True}),
+        (ConfigError, "give a share, or --stop alone", "photos:2", {}),
+        (ConfigError, "give a share, or --stop alone", "photos:2", {"weight": 5, "stop": True}),
         (ConfigError, "less than 100 percent", "photos:2", {"weight": 100}),
         (ConfigError, "less than 100 percent", "photos:2", {"weight": -1}),
         (ConfigError, "must name a version", "photos", {"weight": 5}),

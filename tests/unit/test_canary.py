@@ -241,6 +241,16 @@ def test_a_verdict_needs_enough_runs() -> None:
 # --- its beginning and its end
 
 
+def test_an_alias_that_cannot_be_followed_has_no_canary_that_nobody_watches() -> None:
+    state = Rollout(now=0.0)
+    state.desire(wish(), 0.0)
+    state.sync(Report(replica="a", prepared=ALL), 0.0)
+    assert len(state.table.routes[ROUTE]) == 2
+    refused = Desired(refused={ROUTE: "photos:3 passed no gate"}, names=frozenset({"photos"}))
+    state.desire(refused, 1.0)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+
+
 def test_a_canary_has_its_share_when_every_engine_has_prepared_it() -> None:
     state = Rollout(now=0.0)
     state.desire(wish(canary=None), 0.0)

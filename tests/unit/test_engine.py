@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import runpy
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -554,6 +556,36 @@ def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -
 
     asyncio.run(main())
     assert session.runs[1:] in ([[2, 3]], [[3]])
+
+
+def test_what_a_request_held_is_gone_with_it(start: Callable[..., Engine]) -> None:
+    """Without waiting for the collector of cycles, which does not count arrays."""
+    engine = start(FakeSession())
+
+    class Pixels:
+        pass
+
+    async def request() -> weakref.ref[Pixels]:
+        pixels = Pixels()
+
+        def then(timing: Timing, held: Pixels = pixels) -> Future[Pixels]:
+            done: Future[Pixels] = Future()
+            done.set_result(held)
+            return done
+
+        await engine.run_then("d", [tile(1)], nowhere, then, deadline=time.monotonic() + 10)
+        return weakref.ref(pixels)
+
+    async def main() -> None:
+        left = await request()
+        await until(lambda: left() is None)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine]) -> None:

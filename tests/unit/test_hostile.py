@@ -168,6 +168,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "ppm with an endless comment": (lambda: b"P6 #" + b" " * 1_000_000, 422, "4096"),
     "png whose size has a wrong checksum": (lambda: SIGNATURE + chunk(b"IHDR", bytes(13), crc=1), 422, "damaged"),
     "png without pixels": (lambda: png(idat=b""), 422, ""),
+    "png of a chunk of pixels and nothing else": (lambda: SIGNATURE + chunk(b"IDAT")[:12], 422, ""),
     "png of garbage pixels": (lambda: png(idat=chunk(b"IDAT", b"\x78\x9cgarbage")), 422, "damaged"),
     "png of 100,000 chunks": (lambda: png(*[chunk(b"prIv")] * 100_000), 422, "chunks"),
     "png of 100,000 empty pixel chunks": (lambda: png(idat=chunk(b"IDAT") * 100_000), 422, "chunks"),
@@ -210,6 +211,7 @@ SAME: dict[str, tuple[Callable[[], bytes], bytes]] = {  # a file, and a plain on
     "png whose text has a wrong checksum": (lambda: png(chunk(b"tEXt", b"k\0v", crc=1)), png()),
     "png of a hundred pixel chunks": (lambda: png(idat=chunk(b"IDAT") * 100 + idat()), png()),
     "png with 23 MB more pixels": (lambda: png(idat=chunk(b"IDAT", zlib.compress(raw() + bytes(23_000_000)))), png()),
+    "png of 300 times all pixels": (lambda: png(idat=(idat() + chunk(b"sRGB", b"\0")) * 300), png()),
     "png of 16 bits and 100 MB of text": (lambda: deep(chunk(b"zTXt", b"k\0\0" + MEGABYTE) * 100), deep(b"")),
     "tiff with a broken exif directory": (lambda: tiff(tag_34665=(4, 1, 8)), tiff()),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import cache
 from typing import Any
 
@@ -401,6 +402,14 @@ def test_ratios_of_masks_fill_their_bounds_and_kinds_differ() -> None:
     )
     edges = [np.count_nonzero(m[1:] != m[:-1]) + np.count_nonzero(m[:, 1:] != m[:, :-1]) for m in (straight, blobs)]
     assert edges[0] < edges[1]
+
+
+def test_many_small_holes_cost_what_their_pixels_cost() -> None:
+    for kind in ("box", "strokes"):
+        operator = Mask(kinds=(kind,), ratio=(0.2, 0.2), picture_px=96)  # type: ignore[arg-type]
+        spent = time.process_time()
+        mask_of(operator, (1500, 2000), Chain(rng(1)).next("mask"))
+        assert time.process_time() - spent < 5.0, "looking at the whole picture for every hole takes minutes"
 
 
 @pytest.mark.parametrize("kind", ["box", "strokes", "irregular"])

@@ -20,7 +20,12 @@ def canary(
         float | None, typer.Option(help="Percent of the requests; 0: as --stop", show_default=False)
     ] = None,
     alias: Annotated[str, typer.Option(help="The alias whose requests it shares")] = CHAMPION,
-    for_s: Annotated[float, typer.Option("--for", min=0, help="Seconds after which it ends by itself; 0: never")] = 0.0,
+    for_s: Annotated[
+        float | None,
+        typer.Option(
+            "--for", min=0, help="Seconds until it ends by itself; 0: never", show_default="as it was, or never"
+        ),
+    ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="Take its share away")] = False,
     reason: Annotated[str, typer.Option(help="Why: it is kept with the move")] = "",
 ) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def canary(
     """
     check_alias(alias)
     if (weight is None) != stop:
-        raise ConfigError("--weight", weight, "give a share or --stop", "e.g. --weight 5")
+        raise ConfigError("--weight", weight, "give a share, or --stop alone", "e.g. --weight 5")
     registry = Registry()
     name = model.partition(":")[0]
     if stop or weight == 0:

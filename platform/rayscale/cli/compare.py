@@ -92,13 +92,13 @@ def _row(theirs: Sequence[float], ours: Sequence[float]) -> list[Cell]:
     """Both means, the mean difference with its interval, and the share of rows that B is better on."""
     gains = [b - a for a, b in zip(theirs, ours, strict=True)]
     better = 100.0 * sum(gain > 0 for gain in gains) / len(gains)
-    means = [statistics.fmean(values) for values in (theirs, ours, gains)]
-    if not all(map(math.isfinite, gains)):
-        return [*means, math.nan, math.nan, better]
+    means = [statistics.fmean(values) for values in (theirs, ours)]
+    if not all(map(math.isfinite, gains)):  # inf of one and -inf of another have no mean
+        return [*means, math.nan, math.nan, math.nan, better]
     bounds = {"confidence": (1 + CONFIDENCE) / 2, "resamples": _RESAMPLES, "seed": 0}
     low = lower_bound(gains, **bounds)  # type: ignore[arg-type]
     high = -lower_bound([-gain for gain in gains], **bounds)  # type: ignore[arg-type]
-    return [*means, low, high, better]
+    return [*means, statistics.fmean(gains), low, high, better]
 
 
 def _costs(a: Contender, b: Contender, measured: dict[str, Cost]) -> Table:

@@ -17,7 +17,7 @@ from rayscale.evaluate import METRICS
 from rayscale.observe import log
 from rayscale.registry import moves
 from rayscale.registry.gate import Gate, Report, default_for, markdown
-from rayscale.registry.journal import EXTERNAL, FORCED, PROMOTE, ROLLBACK, Journal
+from rayscale.registry.journal import EXTERNAL, FORCED, PROMOTE, ROLLBACK, Journal, gated
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.registry.moves import Move
 from rayscale.storage import home
@@ -169,6 +169,10 @@ def rollback(
     artifact.load(registry.fetch(target, home() / "cache" / "artifacts"), expect_digest=target.digest)
     why = reason.strip()
     Journal(registry, name).move(alias, target, before=now, decision=ROLLBACK, why=why)
+    if not gated(registry, name, target.digest):
+        log.warning(
+            "%s never passed the gate on record: servers with require_gate follow it once it is promoted", target
+        )
     return {"model": name, "alias": alias, "before": now, "version": target.version, "digest": target.digest,
             "reason": why}  # fmt: skip
 

@@ -51,7 +51,7 @@ def gains(scores: Mapping[str, Scores], subject: str, metric: str, title: str) -
         known = [g for g in paired if not math.isnan(g)]
         bound = lower_bound(known, confidence=CONFIDENCE, resamples=_RESAMPLES, seed=0) if known else math.nan
         better = 100.0 * sum(g > 0 for g in known) / len(paired)
-        mean = math.fsum(paired) / len(paired)
+        mean = math.fsum(paired) / len(paired) if all(map(math.isfinite, paired)) else math.nan
         rows.append([f"over {name}", mean, bound, better, min(known, default=math.nan), max(known, default=math.nan)])
     shown = digits([scores[subject].mean(metric)])
     return Table(

@@ -9,7 +9,7 @@ import typer
 from rayscale.cli.disk import check_disks
 from rayscale.cli.judge import Judged, gate_of, judge, suites_for, write
 from rayscale.cli.scoring import device_of, means
-from rayscale.errors import ConfigError, GateError, MissingError
+from rayscale.errors import ConfigError, GateError, MissingError, UnavailableError
 from rayscale.observe import log
 from rayscale.registry import moves
 from rayscale.registry.gate import Forced, Hold, Promote, markdown, overrule
@@ -59,7 +59,8 @@ def promote(
               "before": holder}  # fmt: skip
     if champion is not None and champion.digest == candidate.digest:
         if gated(registry, candidate.name, candidate.digest):
-            log.info("%s is what %s points at already", candidate, alias)
+            forced = "" if force is None else ": --force is not needed, and not recorded"
+            log.info("%s is what %s points at already%s", candidate, alias, forced)
             return {**result, "promoted": False, "already": True}
         champion = _passed_before(registry, candidate, alias)
 
@@ -73,6 +74,9 @@ def promote(
         run_id = tracker.run_id
         try:
             if not isinstance(decision, Hold):
+                if not tracker.flush():
+                    rule = "did not take the report: nothing was moved"
+                    raise UnavailableError("MLFLOW_TRACKING_URI", registry.uri, rule, "run this again")
                 _move(Journal(registry, candidate.name), alias, candidate, holder, decision, run_id)
                 tracker.tags({"moved": "yes"})
         except BaseException:
@@ -149,5 +153,9 @@ def _record(
     if isinstance(decision, Forced):
         tags["reason"] = decision.report.forced
     tracker = Tracker.start(moves.EXPERIMENT, f"{candidate} -> {alias}", tags=tags, uri=registry.uri)
-    write(tracker, judged, f"{candidate} -> {alias}: {verdict}", source)
+    try:
+        write(tracker, judged, f"{candidate} -> {alias}: {verdict}", source)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
     return tracker

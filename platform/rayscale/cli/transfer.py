@@ -13,6 +13,7 @@ import typer
 
 from rayscale import artifact, contract
 from rayscale.cli.disk import check_disks
+from rayscale.cli.scoring import read
 from rayscale.contract import Lineage, ModelCard, dumps
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, RayscaleError
 from rayscale.evaluate import Suite
@@ -20,7 +21,7 @@ from rayscale.observe import log
 from rayscale.registry import foreign
 from rayscale.registry.gate import default_for
 from rayscale.registry.models import Registry
-from rayscale.storage import TEMPORARY, check_free, home, open_store, os_errors
+from rayscale.storage import TEMPORARY, check_free, home, os_errors
 from rayscale.tracking import default_uri
 
 
@@ -60,8 +61,8 @@ def import_model(
         raise ConfigError("--licence", licence, "must not be empty", "state it; the gate lets none pass without")
     if halo is not None and untiled:
         raise ConfigError("--halo", halo, "has no effect beside --untiled", "give one of them")
-    model = _read(file)
-    judged = contract.loads(Suite, _read(suite), suite) if suite else None
+    model = read(file)
+    judged = contract.loads(Suite, read(suite), suite) if suite else None
     check_disks(default_uri(), home(), model_bytes=2 * len(model))
     if card:
         found = _declared(model, file, card)
@@ -127,7 +128,7 @@ def _measured(model: bytes, recipe: str, licence: str, halo: int | None, untiled
 
 
 def _declared(model: bytes, file: str, card: str) -> ModelCard:
-    found = contract.loads(ModelCard, _read(card), card)
+    found = contract.loads(ModelCard, read(card), card)
     foreign.checked(model, found.spec)
     if not found.licence.strip():
         raise ConfigError("card.licence", found.licence, "must not be empty", "state it in the card")
@@ -156,8 +157,3 @@ def _is(folder: Path, digest: str) -> bool:
         return artifact.digest_of(folder) == digest
     except RayscaleError:
         return False
-
-
-def _read(uri: str) -> bytes:
-    folder, slash, name = uri.rpartition("/")
-    return open_store(folder or slash or ".").read(name)

@@ -12,6 +12,9 @@ from rayscale.data.draws import Draws
 from rayscale.data.operators import Mask, MaskKind
 from rayscale.imaging import F32, U8
 
+Shape = tuple[slice, slice, U8]
+"""Rows and columns of a window in the mask, and what is missing in it."""
+
 
 def mask_of(operator: Mask, sides: tuple[int, int], draws: Draws) -> U8:
     """u8[h, w, 1], 255 where pixels are missing."""
@@ -25,7 +28,7 @@ def _boxes(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.G
     return _fill(sides, missing, _box_shapes(sides, missing * shrink**2, rng))
 
 
-def _box_shapes(sides: tuple[int, int], missing: float, rng: np.random.Generator) -> Iterator[U8]:
+def _box_shapes(sides: tuple[int, int], missing: float, rng: np.random.Generator) -> Iterator[Shape]:
     count = int(rng.integers(1, 5))
     while True:
         area = missing / count * rng.uniform(0.5, 1.5)
@@ -33,16 +36,14 @@ def _box_shapes(sides: tuple[int, int], missing: float, rng: np.random.Generator
         height, width = (min(max(1, round(side)), most) for side, most in zip(
             (math.sqrt(area * aspect), math.sqrt(area / aspect)), sides, strict=True))  # fmt: skip
         top, left = int(rng.integers(0, sides[0] - height + 1)), int(rng.integers(0, sides[1] - width + 1))
-        shape = np.zeros(sides, np.uint8)
-        shape[top : top + height, left : left + width] = 255
-        yield shape
+        yield slice(top, top + height), slice(left, left + width), np.full((height, width), 255, np.uint8)
 
 
 def _strokes(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.Generator) -> U8:
     return _fill(sides, missing, _stroke_shapes(sides, max(sides) * shrink, rng))
 
 
-def _stroke_shapes(sides: tuple[int, int], side: float, rng: np.random.Generator) -> Iterator[U8]:
+def _stroke_shapes(sides: tuple[int, int], side: float, rng: np.random.Generator) -> Iterator[Shape]:
     """Free-form brush strokes: a few straight pieces with round joints, each turning away from the last."""
     while True:
         width = max(1, round(side * rng.uniform(0.03, 0.1)))
@@ -52,11 +53,15 @@ def _stroke_shapes(sides: tuple[int, int], side: float, rng: np.random.Generator
             angle += turn
             length = side * rng.uniform(0.05, 0.2)
             end = np.clip(x + length * math.cos(angle), 0, sides[1]), np.clip(y + length * math.sin(angle), 0, sides[0])
-            shape = np.zeros(sides, np.uint8)
-            cv2.line(shape, (round(x), round(y)), (round(end[0]), round(end[1])), 255, width)
-            cv2.circle(shape, (round(end[0]), round(end[1])), width // 2, 255, -1)
+            corners = np.round(((x, y), end)).astype(int)
+            left, top = np.maximum(corners.min(0) - width, 0)
+            right, bottom = np.minimum(corners.max(0) + width + 1, sides[::-1])
+            shape = np.zeros((bottom - top, right - left), np.uint8)
+            (x0, y0), (x1, y1) = (corners - (left, top)).tolist()
+            cv2.line(shape, (x0, y0), (x1, y1), 255, width)
+            cv2.circle(shape, (x1, y1), width // 2, 255, -1)
             x, y = end
-            yield shape
+            yield slice(top, bottom), slice(left, right), shape
 
 
 def _irregular(sides: tuple[int, int], missing: int, shrink: float, rng: np.random.Generator) -> U8:
@@ -68,13 +73,19 @@ def _irregular(sides: tuple[int, int], missing: int, shrink: float, rng: np.rand
     return mask
 
 
-def _fill(sides: tuple[int, int], missing: int, shapes: Iterator[U8]) -> U8:
-    """Lay shapes over each other until `missing` pixels are covered; the last one is cut off where they are."""
+def _fill(sides: tuple[int, int], missing: int, shapes: Iterator[Shape]) -> U8:
+    """Lay shapes over each other until `missing` pixels are covered; the last one is cut off where they are.
+
+    Each is looked at in its own window: of small holes a large picture has thousands.
+    """
     mask, covered = np.zeros(sides, np.uint8), 0
     while covered < missing:
-        new = np.flatnonzero(next(shapes) & ~mask)[: missing - covered]
-        mask.flat[new] = 255
-        covered += len(new)
+        rows, columns, shape = next(shapes)
+        window = mask[rows, columns]
+        y, x = np.nonzero(shape & ~window)
+        y, x = y[: missing - covered], x[: missing - covered]
+        window[y, x] = 255
+        covered += len(y)
     return mask
 
 

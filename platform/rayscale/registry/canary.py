@@ -67,10 +67,11 @@ def check_weight(weight: float) -> None:
 
 
 def start(
-    registry: Registry, version: Version, alias: str, *, weight: float, for_s: float = 0.0, why: str = ""
+    registry: Registry, version: Version, alias: str, *, weight: float, for_s: float | None = None, why: str = ""
 ) -> Share:
     """Give a version a share, in percent, or another share to the canary that runs, whose trial goes on.
 
+    for_s: until it ends by itself; 0: never; None: as it was, and at first never.
     Raises: MissingError without a champion; ConfigError for a version that is no canary for it; ConflictError.
     """
     from rayscale.registry.journal import Journal
@@ -88,8 +89,8 @@ def start(
         running = read_share(version, alias)
         if not running.over(champion, version.version):
             share = replace(running, weight=weight)
-    if for_s:
-        share = replace(share, until=(now + timedelta(seconds=for_s)).isoformat())
+    if for_s is not None:
+        share = replace(share, until=(now + timedelta(seconds=for_s)).isoformat() if for_s else "")
     with answering(registry.uri):
         tag = contract.dumps(share)
         registry.client.set_model_version_tag(version.name, str(version.version), _tag(alias), tag)

@@ -393,18 +393,27 @@ class Engine:
 def _chained(first: Future[Timing], then: Then[T]) -> Future[T]:
     """The end of what `then` begins once the first is done. Cancelling it cancels both, a failure of either is its."""
     end: Future[T] = Future()
+    # A future keeps its callbacks for good: what they need goes with them, or a request's pixels would wait for the
+    # collector of cycles.
+    steps = [then]
+    running: list[Future[Timing] | Future[T]] = [first]
 
     def begin(done: Future[Timing]) -> None:
+        step = steps.pop()
+        running.clear()
         try:
-            second = then(done.result())
+            second = step(done.result())
         except Exception as error:  # of the first, or nobody takes the second any more
             with suppress(InvalidStateError):  # it was cancelled
                 end.set_exception(error)
             return
+        running.append(second)
+        if end.cancelled():  # before the second was there to be cancelled with it
+            second.cancel()
         second.add_done_callback(finish)
-        end.add_done_callback(lambda _: second.cancel())
 
     def finish(done: Future[T]) -> None:
+        running.clear()
         with suppress(InvalidStateError):
             if done.cancelled():
                 end.cancel()
@@ -413,8 +422,8 @@ def _chained(first: Future[Timing], then: Then[T]) -> Future[T]:
             else:
                 end.set_result(done.result())
 
+    end.add_done_callback(lambda _: [future.cancel() for future in tuple(running)])
     first.add_done_callback(begin)
-    end.add_done_callback(lambda _: first.cancel())
     return end
 
 

@@ -103,6 +103,7 @@ class Rollout:
         self.table = table or Table()
         self.stale_s, self.probation_s, self._meters = stale_s, probation_s, meters
         self.endings: list[Ending] = []  # to be told to the registry; who has done so takes them out
+        self._ended: set[tuple[str, str]] = set()  # routes and canaries, which are few
         self._trials: dict[tuple[str, str], Trial] = {}  # by route and canary ("": its champion)
         # Replicas that outlived the rollout's process get the time to be heard before anything moves.
         self._publish_from = now + stale_s if self.table.routes else now
@@ -196,7 +197,7 @@ class Rollout:
         assert self._desired is not None
         refused, names = self._desired.refused, self._desired.names
         routes = {
-            route: shares for route, shares in self.table.routes.items()
+            route: ((shares[0][0], 1.0),) for route, shares in self.table.routes.items()  # no canary stays unwatched
             if route in refused or route.partition("@")[0] not in names
         }  # fmt: skip
         for route, release in self._desired.routes.items():
@@ -251,8 +252,10 @@ class Rollout:
         self._publish(routes, {**self.table.rolled_back, route: rollback})
 
     def _end(self, endings: Iterable[Ending]) -> None:
-        told = {(ending.route, ending.canary) for ending in self.endings if ending.canary}
-        self.endings += [ending for ending in endings if (ending.route, ending.canary) not in told]
+        """Each canary's once, so that a registry that does not take it is not asked at every look."""
+        new = [ending for ending in endings if (ending.route, ending.canary) not in self._ended]
+        self._ended |= {(ending.route, ending.canary) for ending in new if ending.canary}
+        self.endings += new
 
     def _why(self, release: Release) -> str:
         reports = [report for _, report in self._replicas.values() if report.runs]
