@@ -198,6 +198,15 @@ def test_pixels_that_are_unpacked_before_the_decoder_are_the_same(
     np.testing.assert_array_equal(decode_rgb(data), decode_rgb(saved(Image.fromarray(decode_rgb(data)), "BMP")))
 
 
+def test_pixels_that_stand_in_a_file_many_times_are_unpacked_once() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1000, 1000, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000 * 3001), 9))
+    data = b"\x89PNG\r\n\x1a\n" + header + (pixels + chunk(b"sRGB", b"\0")) * 50 + chunk(b"IEND", b"")
+    lean = containers.lean("png", data, "image", unpack=True)
+    assert 3_001_000 < len(lean) < 3_001_000 + len(data) + 1000
+    assert not decode_rgb(data).any()
+
+
 @pytest.mark.parametrize("case", ["interlaced", "16 bits", "short", "long", "damaged", "beyond the ratio"])
 def test_pixels_that_are_not_plain_rows_are_left_to_the_decoder(case: str) -> None:
     rows = zlib.compress(bytes(25 * 24))  # 8 px of RGB and a filter byte, 24 rows
