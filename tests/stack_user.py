@@ -46,7 +46,7 @@ class Stack:
     def learn(self) -> None:
         """The environment that `env.sh` gives to a shell."""
         lines = (self.state / "env.sh").read_text().splitlines()
-        given = dict(shlex.split(line)[1].split("=", 1) for line in lines)
+        given = dict(shlex.split(line)[1].split("=", 1) for line in lines if not line.startswith("export PATH="))
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY", "AWS", "MLFLOW", "PYTHONPATH"))}
         self.env = kept | given
         settings = json.loads((self.state / "settings.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -62,6 +63,11 @@ def pictures() -> list[bytes]:
 PICTURES = pictures()
 
 
+def keeps(stack: Stack) -> None:
+    if os.environ.get("RAYSCALE_TEST_STACK"):
+        pytest.skip("it would take away the stack that was given")
+
+
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     given = os.environ.get("RAYSCALE_TEST_STACK")
@@ -73,7 +79,7 @@ def stack() -> Iterator[Stack]:
         try:
             stack.do("up")
         except RuntimeError as error:
-            if "missing" in str(error):
+            if re.search(r"stack=\d+ missing", str(error)):
                 pytest.skip(str(error))
             raise
         print(f"up from nothing after {time.monotonic() - began:.0f} s")
@@ -201,7 +207,10 @@ def test_prometheus_sees_every_node_and_our_own_figures(stack: Stack, first: dic
 def test_a_node_killed_during_training_costs_no_sample(stack: Stack, first: dict[str, Any]) -> None:
     job = stack.submit(*TRAIN, "--name", "node-killed")
     until(lambda: job.said("from image 0") and stack.committed("node-killed") >= 3, 300)
-    lost = min(stack.nodes_with("RayTrainWorker") - {"ray-head"})
+    lost = min(stack.nodes_with("RayTrainWorker") - {"ray-head"}, default="")
+    if not lost:
+        job.result()
+        pytest.skip("both workers were placed on the head")
     stack.do("kill", lost)
     try:
         assert job.result()["chain"] == first["chain"], "the same samples in the same order"
@@ -314,6 +323,7 @@ def test_a_node_killed_under_load_costs_no_answer(stack: Stack, first: dict[str,
 def test_a_backup_restored_into_an_empty_stack_is_the_same_platform(
     stack: Stack, first: dict[str, Any], tmp_path: Path
 ) -> None:
+    keeps(stack)
     digests = [stack.served(picture) for picture in PICTURES]
     champion, versions = stack.champion(), [(v.version, v.digest, v.aliases) for v in stack.registry.versions(MODEL)]
     began = time.monotonic()
@@ -334,6 +344,7 @@ def test_a_backup_restored_into_an_empty_stack_is_the_same_platform(
 
 
 def test_down_leaves_nothing(stack: Stack) -> None:
+    keeps(stack)
     stack.do("down")
     mark = str(stack.state)
     left = []

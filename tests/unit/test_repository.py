@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -119,12 +120,17 @@ def test_the_wheel_contains_only_the_package(tmp_path: Path) -> None:
     assert {"rayscale/data/plan.py", "rayscale/serve/playground/app.js"} <= set(names)
 
 
+def tracked_files(folder: str) -> list[str]:
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    found = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    return found or pytest.skip("not a git checkout")
+
+
 @pytest.mark.parametrize("file", [".", "jobs", "infra", "tests", "serve_configs"])
 def test_no_folder_is_a_placeholder(file: str) -> None:
     folder = ROOT / file
-    tracked = subprocess.run(["git", "ls-files", file], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    if not tracked:
-        pytest.skip("not a git checkout")
+    tracked = tracked_files(file)
     assert all((ROOT / t).stat().st_size > 0 for t in tracked if folder in (ROOT / t).parents)
 
 
@@ -135,7 +141,7 @@ def test_the_job_runtime_environment_ships_the_checkout() -> None:
 
 
 def test_no_path_of_this_machine_is_committed() -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = tracked_files(".")
     for file in files:
         if (ROOT / file).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ""}:
             text = (ROOT / file).read_text(errors="replace")

@@ -1,6 +1,7 @@
 """`make stack`: PostgreSQL, Swift, MLflow, Ray, Serve and Prometheus on this machine, in the shape of production.
 
-No Docker. Everything listens on 127.0.0.1 and lives in one folder, `.rayscale/stack`; what runs is stopped by its id.
+No Docker. Everything lives in one folder, `.rayscale/stack`, and is stopped by its id. Ray's own ports, the replicas'
+and HAProxy's figures listen on every interface, the rest on 127.0.0.1.
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ class Settings:
         """A file for shells: `. FILE`, and `ray job submit`, `rayscale` and `mlflow` mean this stack."""
         file = self.state / "env.sh"
         file.touch(mode=0o600)
-        file.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in self.shared.items()))
+        path = f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n'
+        file.write_text(path + "".join(f"export {key}={shlex.quote(value)}\n" for key, value in self.shared.items()))
         return file
 
 

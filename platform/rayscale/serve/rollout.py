@@ -196,7 +196,7 @@ class Rollout:
         """Every route with the shares that can be had now; `ready`: what every engine has prepared."""
         assert self._desired is not None
         refused, names = self._desired.refused, self._desired.names
-        routes = {
+        routes: dict[str, Shares] = {
             route: ((shares[0][0], 1.0),) for route, shares in self.table.routes.items()  # no canary stays unwatched
             if route in refused or route.partition("@")[0] not in names
         }  # fmt: skip
