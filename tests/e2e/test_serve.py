@@ -385,7 +385,7 @@ def test_serving_goes_on_without_the_rollout_and_follows_again(served: Served) -
     assert served.upscale(photo(16, 16)).headers["x-rayscale-digest"] == old.digest
     served.promote(new)
     served.wait_for(new.digest)
-    assert httpx.get(f"{served.url}/v1/models").json()["generation"] == generation + 1  # the kept table went on
+    assert httpx.get(f"{served.url}/v1/models").json()["generation"] > generation  # the kept table went on
 
 
 # --- two tiers under fire
