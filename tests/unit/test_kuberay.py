@@ -312,7 +312,9 @@ def _pod(component: str, node: str = "") -> dict[str, str]:
 
 
 def test_prometheus_finds_every_pod_of_ray_and_users_find_serve() -> None:
-    (monitor,) = of_kind(list(yaml.safe_load_all((ROOT / "infra/observability/podmonitor.yaml").read_text())), "PodMonitor")
+    (monitor,) = of_kind(
+        list(yaml.safe_load_all((ROOT / "infra/observability/podmonitor.yaml").read_text())), "PodMonitor"
+    )
     cluster = of_kind(base(), "RayService")[0]["spec"]["rayClusterConfig"]
     head, workers = cluster["headGroupSpec"]["template"], [g["template"] for g in cluster["workerGroupSpecs"]]
     for node, template in [("head", head), *(("worker", t) for t in workers)]:
