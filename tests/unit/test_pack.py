@@ -19,17 +19,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rayscale import storage
 from rayscale.cli.data import pack as ingest
 from rayscale.data import scan as scan_module
 from rayscale.data.assign import Sample, assign, hash_splits
-from rayscale.data.layout import layout
+from rayscale.data.layout import fetch, layout
 from rayscale.data.pack import pack as pack_anywhere
-from rayscale.data.parallel import threads
+from rayscale.data.parallel import local, threads
 from rayscale.data.scan import PackSettings, Photo, Rejected
 from rayscale.data.shards import open_split
+from rayscale.data.source import listing
 from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError
 from rayscale.imaging import Limits
-from rayscale.storage import LocalStore
+from rayscale.storage import LocalStore, open_store
 
 SMALL = PackSettings(shard_bytes=40_000, min_side=32, validation_fraction=0.2, test_fraction=0.2)
 
@@ -389,7 +391,7 @@ import os, signal, sys
 from rayscale import storage
 from rayscale.data import scan
 from rayscale.data.pack import pack
-from rayscale.data.parallel import threads
+from rayscale.data.parallel import local, threads
 source, out, where, count = sys.argv[1:]
 left, flush = [int(count)], storage._flush
 def die(here):
@@ -477,7 +479,11 @@ def test_what_a_run_with_other_photos_left_behind_is_removed(source, tmp_path):
     assert set(contents(out)) == {*contents(tmp_path / "calm"), "notes.txt"}
 
 
-def test_a_photo_that_changes_while_it_is_packed_is_told_and_the_next_run_is_right(source, tmp_path):
+@pytest.mark.parametrize("clock_step_s", [storage.CLOCK_STEP_S, -1.0])  # young: hashed twice
+def test_a_photo_that_changes_while_it_is_packed_is_told_and_the_next_run_is_right(
+    source, tmp_path, monkeypatch, clock_step_s
+):
+    monkeypatch.setattr(storage, "CLOCK_STEP_S", clock_step_s)
     out, changed = tmp_path / "out", source / "cat/photo.00.png"
 
     def change(phase: str, done: int, total: int) -> None:
@@ -492,6 +498,23 @@ def test_a_photo_that_changes_while_it_is_packed_is_told_and_the_next_run_is_rig
     assert not (out / "manifest.json").exists()
     expected = pack(str(source), str(tmp_path / "calm"), SMALL).manifest
     assert pack(str(source), str(out), SMALL).manifest == expected
+
+
+@pytest.mark.parametrize(("clock_step_s", "hashed"), [(storage.CLOCK_STEP_S, True), (-1.0, False)])
+def test_a_photo_that_nobody_wrote_to_is_hashed_once(source, tmp_path, monkeypatch, clock_step_s, hashed):
+    """Shown by a scan that is made to say something else: it is noticed where photos are young, or on another disk."""
+    monkeypatch.setattr(storage, "CLOCK_STEP_S", clock_step_s)
+    store = open_store(str(source))
+    items = listing(store, local(1))
+    photo = next(p for p in scan_module.scan(store, items, SMALL, local(1)) if isinstance(p, Photo))
+    wrong = photo._replace(sha256="0" * 64)
+    if hashed:
+        with pytest.raises(IntegrityError, match="is not what it was"):
+            list(fetch(store, [wrong]))
+    else:
+        assert list(fetch(store, [wrong])) == [store.read(photo.source_key)]
+    with pytest.raises(IntegrityError, match="is not what it was"):
+        list(fetch(store, [wrong._replace(stamp="of another file")]))
 
 
 def test_of_two_runs_at_once_with_other_photos_one_is_told(source, tmp_path):

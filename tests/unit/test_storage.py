@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from rayscale import storage
 from rayscale.errors import ConfigError, ConflictError, MissingError, ResourceError
 from rayscale.storage import (
     LocalStore,
@@ -103,6 +105,31 @@ for act in (lambda: store.write("shard.tar", bytes(1 << 20)), lambda: store.uplo
     assert f"{store.uri}/copy" in lines[1]
     assert files(Path(store.uri)) == {"shard.tar", "small"}
     assert store.read("shard.tar") == b"old"
+
+
+def test_a_stamp_is_another_after_every_write(tmp_path, monkeypatch):
+    store, file = LocalStore(str(tmp_path)), tmp_path / "x"
+    file.write_bytes(b"one")
+    assert store.stamp("x") == ""  # so fresh that a second write might bear the same time
+    assert store.stamp("none") == ""
+    monkeypatch.setattr(storage, "CLOCK_STEP_S", -1.0)
+    before, info = store.stamp("x"), file.stat()
+    assert before == store.stamp("x") != ""
+    file.read_bytes()
+    assert store.stamp("x") == before
+
+    def age() -> None:  # size and modification time as they were
+        os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    time.sleep(0.02)  # more than a tick of the kernel's clock
+    file.write_bytes(b"two")
+    age()
+    written = store.stamp("x")
+    assert written != before
+    (tmp_path / "y").write_bytes(b"one")
+    (tmp_path / "y").replace(file)
+    age()
+    assert store.stamp("x") not in ("", before, written)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):

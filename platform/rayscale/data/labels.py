@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -48,7 +47,7 @@ def read_labels(uri: str, label_column: str, key_column: str) -> tuple[Labels, b
         if column not in table.column_names:
             raise ConfigError(setting, column, f"{uri} has no such column", nearest(column, table.column_names))
     found: dict[str, str] = {}
-    keys, labels = (pc.cast(table[c], pa.string()).to_pylist() for c in (key_column, label_column))
+    keys, labels = (table[c].cast(pa.string()).to_pylist() for c in (key_column, label_column))
     for key, label in zip(keys, labels, strict=True):
         if key and label and found.setdefault(key.removeprefix("./"), label) != label:
             rule = f"has two labels, {found[key.removeprefix('./')]} and {label}"

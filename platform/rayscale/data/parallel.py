@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import multiprocessing
 import os
 import signal
@@ -22,7 +25,9 @@ R = TypeVar("R")
 
 AHEAD = 3  # items in flight for each worker: enough that a slow one at the head leaves nobody idle
 THREADS_AT_MOST = 4  # beyond, they would wait for each other
+KEPT_BYTES = 32 << 20  # glibc takes no higher threshold
 TRIES = 3  # of an item whose worker is killed under it
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 PRELOAD = ["rayscale.data.pack"]  # imported once for all worker processes
 
 
@@ -50,6 +55,7 @@ def local(workers: int | None = None) -> Mapper:
     num = workers or num_cpus()
 
     def mapped(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        keep_freed_memory()
         few = num <= THREADS_AT_MOST or len(items) <= 2 * num
         return (threads(num + 1) if few else processes(num))(function, items)
 
@@ -73,6 +79,18 @@ def threads(num: int) -> Mapper:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     return mapped
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """glibc returns a freed picture to the system and maps the next one page by page: 8 % of packing's CPU time.
+
+    With this a process keeps up to KEPT_BYTES for the next one. No other C library is asked, nor needs to be.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for what in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(what, KEPT_BYTES)
 
 
 def processes(num: int) -> Mapper:
@@ -136,6 +154,7 @@ def _pool(num: int) -> ProcessPoolExecutor:
 def _begin_worker() -> None:
     """A worker leaves Ctrl-C to its parent and ends with it: one that waits for work would never notice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:

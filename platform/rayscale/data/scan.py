@@ -90,6 +90,7 @@ class Photo(NamedTuple):
     tar: str = ""  # that holds it, with the place of the whole photo there
     tar_offset: int = 0
     tar_size: int = 0
+    stamp: str = ""  # of its file when it was read, as `Store.stamp`
 
     @property
     def name(self) -> str:
@@ -168,7 +169,7 @@ def look_all(store: Store, limits: Limits, tile_px: int | None, items: Sequence[
     return [
         [Rejected(_printable(item.key), reasons[item.key])]
         if item.key in reasons
-        else _look(item, next(datas), limits, tile_px)
+        else _look(item, store.stamp(item.file), next(datas), limits, tile_px)  # the stamp is the older of the two
         for item in items
     ]
 
@@ -186,7 +187,7 @@ def _printable(key: str) -> str:
     return key.encode(errors="backslashreplace").decode()
 
 
-def _look(item: Item, data: bytes | MissingError, limits: Limits, tile_px: int | None) -> Looked:
+def _look(item: Item, stamp: str, data: bytes | MissingError, limits: Limits, tile_px: int | None) -> Looked:
     try:
         if isinstance(data, MissingError):
             raise data
@@ -204,6 +205,7 @@ def _look(item: Item, data: bytes | MissingError, limits: Limits, tile_px: int |
         tar=item.tar,
         tar_offset=item.offset,
         tar_size=item.size if item.tar else 0,
+        stamp=stamp,
     )
     if tile_px is None or max(header.width, header.height) <= tile_px:
         return [whole]

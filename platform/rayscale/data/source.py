@@ -30,6 +30,11 @@ class Item(NamedTuple):
     offset: int = 0  # of its bytes in the tar
     label: str | None = None  # what stands beside it in the tar
 
+    @property
+    def file(self) -> str:
+        """Key of what the store holds: itself, or its tar."""
+        return self.tar or self.key
+
 
 def listing(store: Store, mapper: Mapper, label_field: str = "label") -> list[Item]:
     """All that may be a photo, sorted by key; names that begin with a dot are not looked at, as everywhere.
