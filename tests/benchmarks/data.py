@@ -1,6 +1,6 @@
 """What Ray adds to the data work: CPU-ms a sample, bare and through Ray Data to the training iterator.
 
-python tests/benchmarks/data.py        # about five minutes on two cores; the last line is one JSON object
+python tests/benchmarks/data.py        # about twelve minutes on two cores; the last line is one JSON object
 
 Every figure of Ray is a difference of two runs of unequal length, so that start-up is left out to the last process:
 CPU time of the driver and of all that it started. One data task at a time, as the bare loop is one process: two
@@ -45,6 +45,7 @@ from rayscale.data.sample import render_window
 from rayscale.data.scan import PackSettings
 from rayscale.imaging import decode_rgb
 
+ROUNDS = 5  # bare and through Ray in turns: the machine's pace changes by more than what Ray adds
 BASE = DataSettings(
     hr_crop_px=128, degradation=(), micro_batch=64, virtual_shards=2, window_images=128, crops=1, flips=False
 )
@@ -204,8 +205,8 @@ def main() -> None:
         )  # fmt: skip
         for name, settings in WORK.items():
             through_ray(png, settings, 4)  # workers that have seen the libraries
-            result[f"{name}_bare_ms"] = median(bare_ms(png, settings, 256) for _ in range(3))
-            result[f"{name}_ray_ms"] = median(ray_ms(png, settings, 4, 24) for _ in range(3))
+            pairs = [(bare_ms(png, settings, 256), ray_ms(png, settings, 4, 24)) for _ in range(ROUNDS)]
+            result[f"{name}_bare_ms"], result[f"{name}_ray_ms"] = map(median, zip(*pairs, strict=True))
             print(name, {k: round(v, 3) for k, v in result.items() if k.startswith(name)}, flush=True)
         crops = replace(WORK["bicubic"], window_images=128)
         once, every = (median(rendered_ms(jpeg, replace(crops, crops=k), 2) for _ in range(3)) for k in (4, 1))

@@ -3,6 +3,8 @@
 python tests/benchmarks/quality.py rayscale.recipes.compact:demo DATASET [--test DATASET] [--out FOLDER]
                                    [--set path=value ...] [--threads 2] [--features model.onnx --features-px 64]
 
+Of a generator with classes it is told how many of its samples a classifier of photos puts into theirs.
+
 DATASET: as `rayscale data pack` makes them; scored is the test split. The artifact is scored, as publishing does. The
 last line is one JSON object; FOLDER/NAME.png shows samples. Evaluation data is nobody's to pass on: nothing is kept.
 """
@@ -13,12 +15,13 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,13 +30,17 @@ from rayscale.contract import ModelCard
 from rayscale.data.cut import check_sizes
 from rayscale.data.mixture import Mixture, open_mixture
 from rayscale.data.sample import MicroBatch, render_window
-from rayscale.evaluate import compare, score_baseline, score_model, session_model, show, suite_for
+from rayscale.evaluate import compare, generated, score_baseline, score_model, session_model, show, suite_for
+from rayscale.evaluate.model import Model
+from rayscale.evaluate.suite import Suite, pairs
 from rayscale.export import to_onnx
 from rayscale.features import FeatureNet, open_features
-from rayscale.imaging import encode
+from rayscale.imaging import U8, encode
 from rayscale.observe import progress
 from rayscale.recipes import Recipe
 from rayscale.train.loop import State, build_state, fit
+
+CLASSIFIER_EPOCHS = 15
 
 
 class Watched:
@@ -69,6 +76,43 @@ def steps(photos: Mixture, recipe: Recipe) -> Iterator[list[MicroBatch]]:
             rows, w = coming.result(), w + 1
             coming = pool.submit(window, w)
             yield from rows
+
+
+def in_class(model: Model, suite: Suite) -> dict[str, float]:
+    """Shares that a small classifier, trained on the training photos, puts into their class: samples, held-out photos.
+
+    The samples' classes take turns.
+    """
+    train, held_out = (list(pairs(replace(suite, split=split))) for split in ("train", suite.split))
+    classes = sorted({pair.label for pair in train})
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers, nn.Dropout(0.3), nn.Flatten(), nn.LazyLinear(len(classes)))
+
+    def tensor(pictures: Sequence[U8]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def share(pictures: Sequence[U8], labels: Sequence[int]) -> float:
+        with torch.no_grad():
+            return round(float((net.eval()(tensor(pictures)).argmax(1) == torch.tensor(labels)).float().mean()), 4)
+
+    x, y = tensor([pair.hr for pair in train]), torch.tensor([classes.index(pair.label) for pair in train])
+    net(x[:2])
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
+    for _ in range(CLASSIFIER_EPOCHS):
+        for rows in torch.randperm(len(x)).split(64):
+            batch = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, x[rows], x[rows].flip(3))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net.train()(batch), y[rows]).backward()
+            optimizer.step()
+    made = generated.samples(model, generated.LEAST_SAMPLES)
+    return {
+        "samples": share(made, [i % len(classes) for i in range(len(made))]),
+        "photos": share([pair.hr for pair in held_out], [classes.index(pair.label) for pair in held_out]),
+        "chance": round(1 / len(classes), 4),
+    }
 
 
 def main() -> None:
@@ -115,6 +159,8 @@ def main() -> None:
             result[function or "model"] = {"against": scores["classical"].subject, **figures}
             if spec.kind == "generate":
                 result["features"] = open_features(suite.features).name
+                if any(tensor.name == "label" for tensor in spec.inputs):
+                    result["in_class"] = in_class(model, suite)
             given.out.mkdir(parents=True, exist_ok=True)
             name = given.recipe.rpartition(".")[2].replace(":", "-") + (f"-{function}" if function else "")
             Path(given.out, f"{name}.png").write_bytes(encode(show({"model": model}, suite), "png"))
