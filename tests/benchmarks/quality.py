@@ -36,8 +36,10 @@ from rayscale.evaluate.suite import Suite, pairs
 from rayscale.export import to_onnx
 from rayscale.features import FeatureNet, open_features
 from rayscale.imaging import U8, encode
+from rayscale.metrics import psnr
 from rayscale.observe import progress
 from rayscale.recipes import Recipe
+from rayscale.task import Batch, Judging
 from rayscale.train.loop import State, build_state, fit
 
 CLASSIFIER_EPOCHS = 15
@@ -115,6 +117,15 @@ def in_class(model: Model, suite: Suite) -> dict[str, float]:
     }
 
 
+def held_out(task: Judging, nets: Mapping[str, nn.Module], suite: Suite) -> dict[str, float]:
+    """What the family's nets say of held-out photos, and what the mean training photo is worth for each of them."""
+    train, found = (np.stack([p.hr for p in pairs(replace(suite, split=split))]) for split in ("train", suite.split))
+    batch = Batch({"hr": torch.from_numpy(found).movedim(-1, 1) / 255}, 0)
+    mean = train.mean(axis=0).round().astype(np.uint8)
+    told = {**task.held_out(nets, batch, train), "mean_photo_psnr_rgb": np.mean([psnr(mean, photo) for photo in found])}
+    return {name: round(float(value), 4) for name, value in told.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -141,6 +152,9 @@ def main() -> None:
         "train_cpu_s": round(time.process_time() - start_cpu, 1),
         "images": recipe.run.total_images,
     }
+    if isinstance(recipe.task, Judging):
+        whole = suite_for(recipe.task.specs[""], recipe.data, given.test or given.data, "test")
+        result["held_out"] = held_out(recipe.task, state.nets, whole)
     for function, module in recipe.task.shipped(state.nets).items():
         spec = recipe.task.specs[function]
         suite = suite_for(spec, recipe.data, given.test or given.data, "test")
