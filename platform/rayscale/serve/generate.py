@@ -19,8 +19,8 @@ from rayscale.serve.table import Release
 SAMPLES = 8  # of one run: bounds what others wait for, and memory
 
 
-class GenerateRequest(pydantic.BaseModel, extra="forbid"):
-    """All of it may be left out."""
+class GenerateRequest(pydantic.BaseModel, extra="forbid", strict=True):
+    """All of it may be left out. Strict: `"class": false` is no class 0."""
 
     model: str = pydantic.Field("", max_length=300, description="as everywhere", examples=["flowers"])
     seed: int | None = pydantic.Field(

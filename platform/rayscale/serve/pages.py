@@ -39,7 +39,8 @@ same one to be answered by the same version. `X-Rayscale-Model` and `X-Rayscale-
 Errors are `application/problem+json` (RFC 9457), with a request id; a 429 or 503 says when to come back.
 """
 
-BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_BINARY = {"type": "string", "format": "binary"}
+BINARY: dict[str, Any] = {"schema": _BINARY}
 _BASE64 = {"type": "string", "format": "byte", "description": "base64 of an encoded picture"}
 
 HEADERS = {
@@ -81,21 +82,32 @@ def picture_answers(shown: Mapping[str, Any], json_schema: Mapping[str, Any], *e
 
 
 def body(
-    parts: Mapping[str, str], *, raw: bool = True, required: tuple[str, ...] = ("image",), pairs: bool = False
+    parts: Mapping[str, str],
+    *,
+    raw: bool = True,
+    required: tuple[str, ...] = ("image",),
+    least: int = 0,
+    pairs: bool = False,
 ) -> dict[str, Any]:
-    """`requestBody` of a route that takes pictures; `parts`: what each is; `pairs`: or a list of them, in JSON."""
-    binary = {n: {"type": "string", "format": "binary", "description": text} for n, text in parts.items()}
-    base64 = {n: {**_BASE64, "description": text} for n, text in parts.items()}
-    shape = {"type": "object", "required": list(required)}
+    """`requestBody` of a route that takes pictures; `parts`: what each is.
+
+    `least`: so many of each, in a list or as several parts; 0: one. `pairs`: or a list of them, in JSON.
+    """
+    binary = {n: {**_several(_BINARY, least), "description": text} for n, text in parts.items()}
+    base64 = {n: {**_several(_BASE64, least), "description": text} for n, text in parts.items()}
+    if least == 1:
+        base64 = {n: {"oneOf": [_BASE64, several], "description": parts[n]} for n, several in base64.items()}
+    shape = {"type": "object", "required": list(required), "additionalProperties": False}
+    example: Any = ["iVBORw0KGgo..."] * least if least > 1 else "iVBORw0KGgo..."
     content: dict[str, Any] = {
         FORM: {"schema": {**shape, "properties": binary}},
-        JSON: {"schema": {**shape, "properties": base64}, "example": dict.fromkeys(required, "iVBORw0KGgo...")},
+        JSON: {"schema": {**shape, "properties": base64}, "example": dict.fromkeys(required, example)},
     }
     if pairs:
         single = content[JSON]["schema"]
-        many = {"type": "object", "required": ["pairs"], "properties": {"pairs": {"type": "array", "items": single}}}
+        several = {"type": "array", "minItems": 1, "items": single}
         content[JSON] = {
-            "schema": {"oneOf": [single, many]},
+            "schema": {"oneOf": [single, {**shape, "required": ["pairs"], "properties": {"pairs": several}}]},
             "examples": {
                 "a pair": {"value": {"a": "iVBORw0KGgo...", "b": "/9j/4AAQ..."}},
                 "several": {"value": {"pairs": [{"a": "iVBORw0KGgo...", "b": "/9j/4AAQ..."}]}},
@@ -104,3 +116,7 @@ def body(
     if raw:
         content = {**dict.fromkeys(("image/jpeg", "image/png", "image/webp", "image/*"), BINARY), **content}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _several(one: dict[str, Any], least: int) -> dict[str, Any]:
+    return {"type": "array", "minItems": least, "items": one} if least else one

@@ -121,7 +121,9 @@ def routes(gateway: Gateway) -> APIRouter:
         "transparency is laid over white.",
         response_class=Response,
         responses=answers,
-        openapi_extra=pages.body({"image": "a frame; all of one size, several parts or a list in JSON"}, raw=False),
+        openapi_extra=pages.body(
+            {"image": "the frames, all of one size; several parts, or a list in JSON"}, raw=False, least=2
+        ),
     )
     async def merged(request: Request, query: Annotated[BurstQuery, Query()], accept: Accept = "*/*") -> Response:
         return await answer(request, query, "burst", accept)

@@ -107,7 +107,7 @@ def routes(gateway: Gateway) -> APIRouter:
         description="As OpenAI's embeddings. Alpha is laid over white, samples are rounded to 8 bits.",
         response_class=Response,
         responses=answers(Embeddings),
-        openapi_extra=pages.body({"image": "the picture; several parts, or a list in JSON, for several"}),
+        openapi_extra=pages.body({"image": "the picture; several parts, or a list in JSON, for several"}, least=1),
     )
     async def embedded(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
         release = gateway.resolve(query.model, "embed", who=who_asks(request.scope))
