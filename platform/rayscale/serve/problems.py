@@ -71,11 +71,12 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """One error as a response, its detail in one line whatever of the request it shows."""
+    line = " ".join(detail.split())
     body = Problem(
         type=f"urn:rayscale:problem:{kind}",
         title=HTTPStatus(status).phrase,
         status=status,
-        detail=" ".join(detail.split()).encode(errors="backslashreplace").decode(),  # half a surrogate pair out of JSON is no text
+        detail=line.encode(errors="backslashreplace").decode(),  # half a surrogate pair out of JSON is no text
         instance=request.url.path,
         request_id=request.scope.get("rayscale.request_id", ""),
         field=field and field.encode(errors="backslashreplace").decode(),
