@@ -182,7 +182,8 @@ def test_force_moves_with_a_reason_and_says_so(
     promote("m")
     worse = publish(upscaler("nearest"))
     for options, says in (
-        ({"force": " "}, "--force= : must not be empty"),
+        ({"force": ""}, "--force=: must not be empty"),
+        ({"force": " \n"}, "--force= : must not be empty"),
         ({"force": "so", "dry_run": True}, "beside --dry-run"),
     ):
         with pytest.raises(ConfigError) as refused:

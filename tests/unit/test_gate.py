@@ -333,12 +333,9 @@ def test_the_first_champion_needs_no_costs() -> None:
 # --- forced, refused, other kinds -------------------------------------------------------------------------------
 
 
-def test_forcing_needs_a_reason_and_stays_on_record() -> None:
+def test_forcing_stays_on_record() -> None:
     held = judged(scores("new", [20.0, 20.0, 20.0]), OLD, BICUBIC, GATE, CARD)
     assert isinstance(held, Hold)
-    for nothing in ("", "  \n"):
-        with pytest.raises(ConfigError, match="--force"):
-            overrule(held, nothing)
     forced = overrule(held, "the old one\nleaks faces")
     assert isinstance(forced, Forced)
     assert forced.report.forced == "the old one leaks faces"

@@ -163,9 +163,7 @@ def refuse(candidate: str, fault: str) -> Hold:
 
 
 def overrule(held: Hold, reason: str) -> Forced:
-    """Move all the same, on record. Raises: ConfigError without a reason."""
-    if not reason.strip():
-        raise ConfigError("--force", reason, "must not be empty", "say why: others will read it")
+    """Move all the same, on record."""
     return Forced(held.reasons, replace(held.report, forced=" ".join(reason.split())))
 
 
