@@ -16,7 +16,7 @@ from rayscale.artifact import CARD, MODEL
 from rayscale.cli import pages
 from rayscale.cli.contest import Asked, Contender, Found, on_suite
 from rayscale.cli.disk import check_disks
-from rayscale.cli.evaluate import open_one, report, suites_for, told_apart
+from rayscale.cli.evaluate import Out, Photos, Show, SuiteFiles, Where, open_one, report, suites_for, told_apart
 from rayscale.cli.scoring import device_of
 from rayscale.contract import Cost, ModelCard
 from rayscale.errors import ConfigError
@@ -34,15 +34,12 @@ _RESAMPLES = 2000
 
 def compare(
     a: Annotated[str, typer.Argument(help="NAME:VERSION, NAME@ALIAS, or the folder of an artifact")],
-    b: Annotated[str, typer.Argument(help="Likewise; differences are B - A")],
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="JSON file of a suite, several times for several. By default that of B"),
-    ] = None,
-    photos: Annotated[str, typer.Option(help="Dataset to score on instead of the suite's own")] = "",
-    out: Annotated[str, typer.Option(help="Folder or s3:// prefix that gets a copy of the report")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto: where both run")] = "cpu",
-    show: Annotated[int, typer.Option(min=1, help="Pictures shown: that many of B's worst")] = 4,
+    b: Annotated[str, typer.Argument(help="Likewise; differences are B - A, B is judged")],
+    suite: SuiteFiles = None,
+    photos: Photos = "",
+    out: Out = "",
+    device: Where = "cpu",
+    show: Show = 4,
 ) -> dict[str, Any]:
     """Compare two models: scores picture by picture with an interval, time, memory, size, and their cards.
 

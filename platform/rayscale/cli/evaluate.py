@@ -32,6 +32,15 @@ EXPERIMENT = "evaluations"
 REPORT = "report.html"
 CLASSICAL = "classical"  # all methods that a user would otherwise take
 
+SuiteFiles = Annotated[
+    list[str] | None,
+    typer.Option(help="JSON file of a suite, several times for several. By default that of the version judged"),
+]
+Photos = Annotated[str, typer.Option(help="Dataset to score on instead of the suite's own")]
+Out = Annotated[str, typer.Option(help="Folder or s3:// prefix that gets a copy of the report")]
+Where = Annotated[str, typer.Option(help="cpu, cuda or auto: where models run")]
+Show = Annotated[int, typer.Option(min=1, help="Pictures shown: that many of the worst")]
+
 
 def evaluate(
     subject: Annotated[
@@ -41,13 +50,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="The same, several times for several; **classical**, the default, is all methods there are"),
     ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="JSON file of a suite, several times for several. By default that of the version"),
-    ] = None,
-    photos: Annotated[str, typer.Option(help="Dataset to score on instead of the suite's own")] = "",
-    out: Annotated[str, typer.Option(help="Folder or s3:// prefix that gets a copy of the report")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto: where models run")] = "cpu",
+    suite: SuiteFiles = None,
+    photos: Photos = "",
+    out: Out = "",
+    device: Where = "cpu",
     self_ensemble: Annotated[
         bool, typer.Option("--self-ensemble", help="Score the mean of 8 turned and mirrored answers as well, apart")
     ] = False,
@@ -58,7 +64,7 @@ def evaluate(
     classifier: Annotated[
         str, typer.Option(help="Generators: ONNX file with class probabilities, for an Inception-style score")
     ] = "",
-    show: Annotated[int, typer.Option(min=1, help="Pictures shown: that many of the worst")] = 4,
+    show: Show = 4,
 ) -> dict[str, Any]:
     """Score a model, or a classical method, beside others on held-out photos, and write a report for people.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from rayscale import artifact, contract
 from rayscale.artifact import CARD
+from rayscale.cli.pages import aligned
 from rayscale.contract import ModelCard, to_json
 from rayscale.errors import ConfigError, MissingError, RayscaleError
 from rayscale.evaluate import METRICS
@@ -59,7 +60,7 @@ def list_models() -> dict[str, Any]:
         scored = "-" if score is None else f"{metric} {score:.3f}" + (f" ({baseline:.3f})" if baseline else "")
         does = f"{kind} x{scale}" if kind in ("transform", "burst") else kind
         rows.append((name, does, str(newest.version), pointing, scored, newest.created[:10]))
-    _table(("model", "kind", "newest", "aliases", "score (baseline)", "published"), rows)
+    print(aligned([("model", "kind", "newest", "aliases", "score (baseline)", "published"), *rows]))
     return {"models": found}
 
 
@@ -93,7 +94,7 @@ def show(
         "decision": _told(decision) if decision else "never put before the gate",
         **{f"pictures {i}": uri for i, uri in enumerate(pictures, 1)},
     }
-    _table(("", ""), list(facts.items()))
+    print(aligned(list(facts.items())))
     if report is not None:
         print(f"\n{markdown(report)}")
     return {
@@ -131,7 +132,7 @@ def history(
     rows += [
         ("-", a, f"at {now or 'no version'} now, moved by hand", "not recorded", "-") for a, now in outside.items()
     ]
-    _table(("when (UTC)", "alias", "what", "who", "MLflow run"), rows)
+    print(aligned([("when (UTC)", "alias", "what", "who", "MLflow run"), *rows]))
     if not recorded:
         log.info("nothing is recorded of %s: no promotion was tried", name)
     return {"model": name, "aliases": aliases, "moves": [to_json(m) for m in recorded], "moved_by_hand": outside}
@@ -197,9 +198,11 @@ def gc(
         kept[now] = alias
     shared = {v.uri for v in versions if v.version in kept}
     gone = [v for v in versions if v.version not in kept and v.uri not in shared]
-    _table(("version", "", "published", "digest"), [
+    rows = [
         (str(v), "kept: " + kept[v.version] if v.version in kept else "deleted" if yes else "would go", v.created,
-         v.digest[:12]) for v in versions])  # fmt: skip
+         v.digest[:12]) for v in versions
+    ]  # fmt: skip
+    print(aligned([("version", "", "published", "digest"), *rows]))
     for version in gone if yes else ():
         if set(registry.resolve(str(version)).aliases):  # an alias moved there meanwhile
             log.warning("%s has an alias now: it stays", version)
@@ -299,11 +302,3 @@ def _pictures(registry: Registry, version: Version, judged: Sequence[Move]) -> l
         if version.run_id and any(f.path == "samples" for f in client.list_artifacts(version.run_id)):
             found.append(artifact_uri(client, version.run_id, "samples"))
     return found
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns for people, on standard output above the last line."""
-    lines = [head, *rows] if any(head) else list(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

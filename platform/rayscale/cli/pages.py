@@ -119,9 +119,14 @@ def text(table: Table) -> str:
         ]
         for row in (table.columns, *table.rows)
     ]
-    widths = [max(len(row[i]) for row in shown) for i in range(len(table.columns))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    return "\n".join((table.title, *lines, *([table.note] if table.note else []))) + "\n"
+    return "\n".join((table.title, aligned(shown), *([table.note] if table.note else []))) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns for the terminal, a line a row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def digits(values: Iterable[float]) -> int:
