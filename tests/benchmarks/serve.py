@@ -286,7 +286,7 @@ def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     uri, port = f"sqlite:///{root / 'mlflow.db'}", free_port()
     registry = Registry(uri)
     version = registry.publish("bench", folder)
-    registry.alias("bench", "champion", version.version)
+    registry.client.set_registered_model_alias("bench", "champion", str(version.version))
     given: dict[str, Any] = {"tracking_uri": uri, "state_uri": str(root / "state"), "cache_dir": str(root / "cache"),
                              "threads": 1, "timeout_s": TIMEOUT_S, "engines": {"tiers": which}}  # fmt: skip
     for deployment in (GatewayDeployment, EngineDeployment):

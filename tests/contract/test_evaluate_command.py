@@ -98,7 +98,7 @@ def test_a_version_on_its_own_suite_and_on_two_others(mlflow_home: Path, dataset
     tags = {"suite": dumps(suite)}
     for seed, run_id in ((0, None), (1, trained.run_id)):
         registry.publish("photos-x2", tmp_path / f"small{seed}", tags=tags, run_id=run_id)
-    registry.alias("photos-x2", "champion", 1)
+    registry.client.set_registered_model_alias("photos-x2", "champion", "1")
     result = evaluate("photos-x2:2", against=["photos-x2", "lanczos"])  # a bare name is its champion
     assert set(result["suites"]) == {"published"}
     _, html = report_of(result, tmp_path / "one")

@@ -101,7 +101,7 @@ def test_of_two_promoters_at_once_one_wins(registry: Registry, races: int, monke
 def test_without_the_journals_check_both_win(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     both, versions = threading.Barrier(2), model(registry, "m")
-    registry.alias("m", ALIAS, 1)
+    registry.client.set_registered_model_alias("m", ALIAS, "1")
     monkeypatch.setattr(journal, "HASTE_S", 60.0)
     monkeypatch.setattr(Journal, "_check", lambda self, intent: both.wait(60) and None)
     monkeypatch.setattr(Journal, "_concluded", lambda self, intent: intent)
@@ -245,7 +245,7 @@ def test_a_hand_is_obeyed_and_told_and_taken_up(registry: Registry) -> None:
     book = Journal(registry, "m")
     for number in (1, 2):
         book.move(ALIAS, versions[number], before=number - 1 or None, decision=PROMOTE)
-    registry.alias("m", ALIAS, 3)
+    registry.client.set_registered_model_alias("m", ALIAS, "3")
     assert history("m")["moved_by_hand"] == {ALIAS: 3}
     with pytest.raises(ConflictError, match="moved from 2 to 3 by hand"):
         book.move(ALIAS, versions[1], before=2, decision=PROMOTE)
@@ -284,7 +284,7 @@ def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: 
         return replica._read()
 
     versions = model(registry, "m")
-    registry.alias("m", ALIAS, 1)
+    registry.client.set_registered_model_alias("m", ALIAS, "1")
     strict = read(True)
     assert (strict.routes, strict.names) == ({}, {"m"})
     assert "m:1 passed no gate" in strict.refused["m@champion"]
@@ -296,7 +296,7 @@ def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: 
         book.move(ALIAS, versions[to], before=before, decision=decision)
         strict = read(True)
         assert [r.version for r in strict.routes.values()] == ([to] if to != 1 else [])
-    registry.alias("m", ALIAS, 1)
+    registry.client.set_registered_model_alias("m", ALIAS, "1")
     assert list(read(True).refused) == ["m@champion"]
     assert not gated(registry, "other", "2" * 64)
 
@@ -304,7 +304,7 @@ def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: 
 def test_a_rollback_finds_the_version_before_a_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = model(registry, "m")
     Journal(registry, "m").move(ALIAS, versions[1], before=None, decision=PROMOTE)
-    registry.alias("m", ALIAS, 3)
+    registry.client.set_registered_model_alias("m", ALIAS, "3")
     monkeypatch.setattr("rayscale.cli.models.artifact.load", lambda *_, **__: None)  # there are no artifacts here
     monkeypatch.setattr(Registry, "fetch", lambda *_: None)
     assert rollback("m", "green skies")["version"] == 1

@@ -139,7 +139,7 @@ def test_rollback_goes_back_step_by_step_and_is_recorded(three: Registry) -> Non
 
 def test_an_alias_moved_by_hand_is_told_and_a_damaged_version_is_not_rolled_back_to(three: Registry) -> None:
     promoted(three, 1)
-    three.alias("m", "champion", 2)
+    three.client.set_registered_model_alias("m", "champion", "2")
     assert history("m")["moved_by_hand"] == {"champion": 2}
     stored = Path(three.resolve("m:1").uri.removeprefix("file://")) / "model.onnx"
     good = stored.read_bytes()
@@ -158,7 +158,7 @@ def test_gc_deletes_only_what_nobody_can_want(three: Registry, tmp_path: Path) -
         three.publish("m", tmp_path / f"artifact-{number}")
     promoted(three, 1)
     promoted(three, 2)
-    three.alias("m", "canary", 3)
+    three.client.set_registered_model_alias("m", "canary", "3")
     assert gc("m", keep=1)["versions"] == [4]
     assert len(three.versions("m")) == 5  # control: a dry run
     gone = Path(three.resolve("m:4").uri.removeprefix("file://"))

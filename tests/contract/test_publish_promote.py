@@ -141,7 +141,7 @@ def test_a_first_champion_then_a_better_one_but_never_a_worse_one(
     assert [(m.decision, m.moved, m.before, m.version) for m in moves.read(registry, "photos-x2")] == [
         ("promote", True, None, 1), ("promote", True, 1, 2), ("hold", False, 2, 1)]  # fmt: skip
     assert rollback("photos-x2", "colours")["version"] == 1
-    registry.alias("photos-x2", "champion", 2)
+    registry.client.set_registered_model_alias("photos-x2", "champion", "2")
     runs = [run for run in promotions(registry) if run.data.tags["decision"] != "rollback"]
     assert sorted((r.data.tags["decision"], r.data.tags.get("moved", "no")) for r in runs) == [
         ("hold", "no"), ("promote", "yes"), ("promote", "yes")]  # fmt: skip

@@ -122,7 +122,7 @@ class Served:
         return self.registry.publish("photos", artifact)
 
     def promote(self, version: Version) -> None:
-        self.registry.alias("photos", "champion", version.version)
+        self.registry.client.set_registered_model_alias("photos", "champion", str(version.version))
 
     def upscale(self, pixels: U8) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/upscale", content=png(pixels), timeout=30)

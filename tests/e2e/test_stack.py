@@ -253,7 +253,7 @@ def test_mlflow_killed_during_a_promotion(
     stack: Stack, first: dict[str, Any], second: dict[str, Any], moment: str
 ) -> None:
     """What is served is a champion that was promised, before, during and after; the same command ends it."""
-    stack.registry.alias(MODEL, "champion", first["version"])
+    stack.registry.client.set_registered_model_alias(MODEL, "champion", str(first["version"]))
     stack.wait_served(first["digest"], PICTURES[0])
 
     def promotions() -> int:
@@ -279,7 +279,7 @@ def test_mlflow_killed_during_a_promotion(
 
 
 def test_a_node_killed_under_load_costs_no_answer(stack: Stack, first: dict[str, Any]) -> None:
-    stack.registry.alias(MODEL, "champion", first["version"])
+    stack.registry.client.set_registered_model_alias(MODEL, "champion", str(first["version"]))
     stack.wait_served(first["digest"], PICTURES[0])
     wanted = [stack.served(picture) for picture in PICTURES]
     wrong: list[str] = []

@@ -143,13 +143,6 @@ class Registry:
         remedy = f"there are {', '.join(reversed(known_versions)) or 'none'}"
         raise MissingError("version", f"{name}:{wanted}", "no such version", remedy) from None
 
-    def alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias at a version. Raises: MissingError, ConfigError for a reserved name."""
-        check_alias(alias)
-        self.resolve(f"{name}:{version}")
-        with answering(self.uri):
-            self.client.set_registered_model_alias(name, alias, str(version))
-
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version number of one model."""
         with answering(self.uri):
