@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, serve_app: Callable[[Any], 
     """A gateway over one small model of each kind: its URL and the service."""
     folder = tmp_path_factory.mktemp("models")
     service = tools["Service"](folder / "up", small["write"](folder / "up"))
-    names = {"inverse": "negative", "holes": "filler", "flowers": "generator", "colours": "embedder"}
+    names = {"inverse": "negative", "holes": "filler", "flowers": "generator", "colours": "embedder", "frames": "burst"}
     for kind in names.values():
         kinds[kind](folder / kind)
     service.serve(**{name: folder / kind for name, kind in names.items()})
@@ -243,6 +243,24 @@ def test_a_mask_goes_with_the_models_that_fill_in(page: Any, tmp_path: Path) -> 
     assert "telea" in facts(page, "#picture")["Model"]
 
 
+def test_frames_are_merged(page: Any, tmp_path: Path) -> None:
+    """The model takes the mean of three, twice as wide."""
+    go(page, "burst")
+    page.choose(
+        "[data-drop=image] input", *(picture(tmp_path / f"{level}.png", (level,) * 3) for level in (50, 100, 210))
+    )
+    assert page.run("document.querySelector('[data-drop=image] b').textContent") == "3 pictures"
+    submit(page, "#picture")
+    told = facts(page, "#picture")
+    assert told["Model"] == "frames:1"
+    assert told["Size"].replace("\xa0", " ") == "90 × 60 → 180 × 120"
+    page.run(f"document.querySelector('{SLIDER}').focus()")
+    page.press("Home", 36)
+    assert colours(page, tmp_path / "shot.png", 0.5) == [120]
+    go(page, "upscale")  # which takes one
+    assert page.run("document.querySelector('[data-drop=image] b').textContent") == "50.png"
+
+
 def test_the_servers_line_is_shown_and_goes_away(page: Any, server: tuple[str, Any], tmp_path: Path) -> None:
     text = tmp_path / "notes.png"
     text.write_bytes(b"no picture at all")
@@ -305,7 +323,7 @@ def test_two_pictures_are_compared(page: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_it_fits_a_phone_and_everything_has_a_name(page: Any, tmp_path: Path, dark: bool) -> None:
     page.size(360, 760, phone=True, dark=dark)
-    for task in ("upscale", "restore", "generate", "compare"):
+    for task in ("upscale", "restore", "burst", "generate", "compare"):
         go(page, task)
         assert page.run("document.documentElement.scrollWidth") == 360, task
         small_targets = page.run(

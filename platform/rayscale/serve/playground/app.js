@@ -3,8 +3,9 @@
 import { $, FileField, Problem, ask, comparison, facts, key, make, size, testChart } from "./widgets.js";
 
 const PICTURE_TASKS = {
-  upscale: { title: "Upscale a picture", lead: "A picture in, a larger one out, by the model that its gate let through.", verb: "Upscale" },
-  restore: { title: "Restore a picture", lead: "Noise, blur, scratches or holes in; the same picture without them out.", verb: "Restore" },
+  upscale: { title: "Upscale a picture", lead: "A picture in, a larger one out, by the model that its gate let through.", verb: "Upscale", done: "upscaled" },
+  restore: { title: "Restore a picture", lead: "Noise, blur, scratches or holes in; the same picture without them out.", verb: "Restore", done: "restored" },
+  burst: { title: "Merge a burst", lead: "Several shifted frames of one scene in, one larger picture out.", verb: "Merge", done: "merged" },
 };
 const REFRESH_MS = 15_000;
 const FILLING = new Set(["method:telea", "method:navier_stokes"]);
@@ -82,7 +83,7 @@ const dimensions = async (url) => {
   return image.naturalWidth ? `${image.naturalWidth}\u00a0×\u00a0${image.naturalHeight}` : "";
 };
 
-// --- upscale and restore: one section, two names
+// --- upscale, restore and burst: one section, three names
 
 const picture = $("#picture");
 const image = new FileField($('[data-drop="image"]', picture));
@@ -96,10 +97,11 @@ task(picture, async (form, signal) => {
   for (const name of ["contrast", "sharpen"]) if (form[name].value !== form[name].defaultValue) query.set(name, form[name].value);
   let body = image.file;
   const headers = { Accept: form.accept.value };
-  if (mask.file && !mask.label.hidden) {
+  const filled = mask.file && !mask.label.hidden;
+  if (filled || current() === "burst") {
     body = new FormData();
-    body.append("image", image.file);
-    body.append("mask", mask.file);
+    for (const frame of image.files) body.append("image", frame);
+    if (filled) body.append("mask", mask.file);
   } else headers["Content-Type"] = image.file.type || "application/octet-stream";
   const started = performance.now();
   const response = await ask(path + query, { method: "POST", body, headers, signal });
@@ -107,8 +109,8 @@ task(picture, async (form, signal) => {
   const took = performance.now() - started;
   const [before, after] = keep(picture, image.file, blob);
   const [was, is] = await Promise.all([dimensions(before), dimensions(after)]);
-  const name = `${image.file.name.replace(/\.\w+$/, "") || "picture"}-${current()}d.${blob.type.split("/")[1]}`;
-  const rows = [["Size", was ? `${was} → ${is}` : is], ["File", `${size(image.file.size)} → ${size(blob.size)}`]];
+  const name = `${image.file.name.replace(/\.\w+$/, "") || "picture"}-${PICTURE_TASKS[current()].done}.${blob.type.split("/")[1]}`;
+  const rows = [["Size", was ? `${was} → ${is}` : is], ["File", `${size(image.bytes)} → ${size(blob.size)}`]];
   return [comparison(before, after, { download: name }), ...facts(response, took, rows)];
 });
 
@@ -134,7 +136,7 @@ async function showMask() {
 addEventListener("dragover", (event) => event.preventDefault()); // beside a field the browser would leave the page
 addEventListener("drop", (event) => {
   event.preventDefault();
-  if (!picture.hidden && event.dataTransfer.files[0]) image.take(event.dataTransfer.files[0]);
+  if (!picture.hidden) image.take(...event.dataTransfer.files);
 });
 addEventListener("paste", (event) => {
   const file = [...(event.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
@@ -227,6 +229,7 @@ const route = (model) => `${model.name}@${model.aliases[0]}`;
 const is = {
   upscale: (model) => (model.role ?? model.kind) === "upscale" || (!model.role && model.scale > 1),
   restore: (model) => model.role === "restore",
+  burst: (model) => model.role === "burst",
   generate: (model) => model.kind === "generate",
   embed: (model) => model.kind === "embed",
 };
@@ -277,7 +280,7 @@ async function readRoutes() {
 
 function current() {
   const named = location.hash.slice(1);
-  return ["upscale", "restore", "generate", "compare"].includes(named) ? named : shown || "upscale"; // #main is no task
+  return ["upscale", "restore", "burst", "generate", "compare"].includes(named) ? named : shown || "upscale"; // #main is no task
 }
 
 let shown = "";
@@ -306,6 +309,8 @@ function show() {
       clear(picture); // it was the other task's
     }
     picture.dataset.task = now;
+    image.input.multiple = now === "burst";
+    if (now !== "burst" && image.files.length > 1) image.take(image.file);
     showMask();
   }
   fill($("form", generate).model, offered.models.filter(is.generate), { preferred: offered.defaults.generate });

@@ -46,18 +46,26 @@ export async function ask(path, { headers = {}, ...options } = {}) {
 
 // --- file fields
 
-/** A label with a file input that also takes drops; `file` is what it holds, `changed` is called when it changes. */
+/** A label with a file input that also takes drops; `files` are what it holds, several where its input is `multiple`. */
 export class FileField {
-  file = null;
+  files = [];
+
+  get file() {
+    return this.files[0];
+  }
+
+  get bytes() {
+    return this.files.reduce((sum, one) => sum + one.size, 0);
+  }
 
   constructor(label, changed = () => {}) {
     this.label = label;
     this.changed = changed;
     this.words = $(".drop-words", label);
     this.invitation = [...this.words.childNodes].map((node) => node.cloneNode(true));
-    const input = $("input", label);
+    const input = (this.input = $("input", label));
     input.addEventListener("change", () => {
-      if (input.files[0]) this.take(input.files[0]);
+      this.take(...input.files);
       input.value = ""; // the same file again is a change again
     });
     for (const kind of ["dragenter", "dragover"]) {
@@ -71,18 +79,20 @@ export class FileField {
       event.preventDefault();
       event.stopPropagation();
       label.classList.remove("over");
-      if (event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]);
+      this.take(...event.dataTransfer.files);
     });
   }
 
-  take(file) {
-    this.file = file;
+  take(...files) {
+    if (!files.length) return;
+    this.files = this.input.multiple ? files : files.slice(0, 1);
+    const file = this.file, count = this.files.length;
     if (this.url) URL.revokeObjectURL(this.url);
     this.url = URL.createObjectURL(file);
     const thumbnail = make("img", { src: this.url, alt: "" });
     thumbnail.addEventListener("error", () => thumbnail.remove()); // a format that browsers do not show
-    const name = make("b", {}, file.name || "pasted picture");
-    this.words.replaceChildren(thumbnail, make("span", { class: "file" }, name, make("span", {}, size(file.size))));
+    const name = make("b", {}, count > 1 ? `${count} pictures` : file.name || "pasted picture");
+    this.words.replaceChildren(thumbnail, make("span", { class: "file" }, name, make("span", {}, size(this.bytes))));
     this.label.classList.add("full");
     this.changed();
   }
