@@ -66,10 +66,10 @@ class Body:
 
 
 def json_parts(value: Mapping[str, Any], most: Mapping[str, int]) -> Parts:
-    """Base64 pictures of an object, one or a list of them a name. Raises: as `Body.parts`."""
+    """Base64 pictures of an object, one a name or, of several, a list of them. Raises: as `Body.parts`."""
     found = []
     for name, texts in value.items():
-        for text in texts if isinstance(texts, list) else [texts]:
+        for text in texts if isinstance(texts, list) and most.get(name, 2) > 1 else [texts]:
             if not isinstance(text, str):
                 raise ConfigError(f"body.{name[:80]}", type(text).__name__, "must be base64 in a string",
                                   "settings stand in the query")  # fmt: skip

@@ -133,7 +133,7 @@ def cosine(a: Any, b: Any) -> float | None:
 
 def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
     """`a` and `b` of a form or an object, or the object's list `pairs`; their headers are within the limits."""
-    most = gateway.settings.max_items
+    most, names = gateway.settings.max_items, {"a": 1, "b": 1}
     if body.kind == JSON and "pairs" in (value := body.json()):
         entries = value["pairs"] if isinstance(value["pairs"], list) and len(value) == 1 else []
         if not entries or not all(isinstance(e, dict) for e in entries):
@@ -141,14 +141,10 @@ def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
                               '{"pairs": [{"a": "...", "b": "..."}]}')  # fmt: skip
         if len(entries) > most:
             raise TooLargeError("pairs", len(entries), f"at most {most} at once", "send fewer")
-        read = [json_parts(entry, {"a": 1, "b": 1}) for entry in entries]
-        pairs = [(only(parts, "a"), only(parts, "b")) for parts in read]
+        read = [json_parts(entry, names) for entry in entries]
     else:
-        parts = body.parts({"a": most, "b": most})
-        only(parts, "a"), only(parts, "b")
-        if len(parts["a"]) != len(parts["b"]):
-            raise ConfigError("body", f"{len(parts['a'])} a, {len(parts['b'])} b", "must come in pairs", "send as many")
-        pairs = list(zip(parts["a"], parts["b"], strict=True))
+        read = [body.parts(names)]
+    pairs = [(only(parts, "a"), only(parts, "b")) for parts in read]
     headers = []
     for pair in pairs:
         for name, data in zip("ab", pair, strict=True):
