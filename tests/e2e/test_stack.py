@@ -75,6 +75,7 @@ def keeps(stack: Stack) -> None:
 def stack() -> Iterator[Stack]:
     given = os.environ.get("RAYSCALE_TEST_STACK")
     state = Path(given or tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    state.mkdir(parents=True, exist_ok=True)
     state.chmod(0o755)  # PostgreSQL is not run by root, and must find its folder
     stack = Stack(state)
     try:
