@@ -38,8 +38,8 @@ test: $(INSTALLED)  ## all tests but the long ones and those on the stack
 test-long: $(INSTALLED)  ## the long ones only: the whole demo within its budgets, chaos
 	$(BIN)/python -m pytest -m "long and not stack" --timeout 1800
 
-test-stack: $(STACK)  ## photos to a served champion on a stack of its own, then parts of it killed
-	$(BIN)/python -m pytest -m stack --timeout 1800
+test-stack: $(STACK)  ## photos to a served champion on a stack of its own, then parts of it killed (half an hour, tells how it goes)
+	$(BIN)/python -m pytest -m stack --timeout 1800 -v -s
 
 test-all: test test-long test-stack  ## all three
 

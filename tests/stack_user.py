@@ -128,7 +128,10 @@ class Job:
 
     def said(self, text: str) -> bool:
         assert self.process.poll() is None, "\n".join(self.lines[-40:])
-        return any(text in line for line in self.lines)
+        return self.count(text) > 0
+
+    def count(self, text: str) -> int:
+        return sum(text in line for line in self.lines)
 
     def wait(self) -> int:
         code = self.process.wait(900)

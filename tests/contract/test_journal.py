@@ -19,26 +19,19 @@ import pytest
 
 from rayscale.cli.models import history, list_models, rollback
 from rayscale.cli.promote import _passed_before
-from rayscale.errors import ConfigError, ConflictError, MissingError, RayscaleError, UnavailableError
+from rayscale.errors import ConfigError, ConflictError, MissingError, UnavailableError
 from rayscale.registry import journal
-from rayscale.registry.journal import DONE, EXTERNAL, FORCED, INTENT, PROMOTE, Entry, Journal, chain, gated
-from rayscale.registry.models import Registry, Version
+from rayscale.registry.journal import DONE, EXTERNAL, FORCED, INTENT, PROMOTE, Entry, Journal, gated
+from rayscale.registry.models import Registry
 from rayscale.serve.rollout import Desired, read_desired
 
 TESTS = Path(__file__).parents[1]
 shared = runpy.run_path(str(TESTS / "interrupted.py"))
 Killed, Interrupted = shared["Killed"], shared["Interrupted"]
+promoters = runpy.run_path(str(TESTS / "promoters.py"))
+model, agreed, raced = promoters["model"], promoters["agreed"], promoters["raced"]
 FaultProxy = runpy.run_path(str(TESTS / "fault_proxy.py"))["FaultProxy"]
 ALIAS = "champion"
-
-
-def model(registry: Registry, name: str) -> list[Version]:
-    """A model with three versions, as far as the registry knows them; index 0 stands for none."""
-    registry.client.create_registered_model(name)
-    found = [Version(name=name, version=n, digest=f"{n}" * 64, uri="", run_id="") for n in range(4)]
-    for one in found[1:]:
-        registry.client.create_model_version(name, f"s3://m/{one}", tags={"digest": one.digest}, await_creation_for=0)
-    return found
 
 
 @pytest.fixture
@@ -46,35 +39,7 @@ def registry(mlflow_home: Path) -> Registry:
     return Registry()
 
 
-def agreed(registry: Registry, name: str) -> tuple[Entry, ...]:
-    """The next command; then alias and journal say the same."""
-    stood = registry.aliases(name).get(ALIAS)
-    book = Journal(registry, name, patience_s=0.0)  # who was at it is dead
-    last, stands = book.heal(ALIAS)
-    assert registry.aliases(name).get(ALIAS) == stood == stands
-    counted = chain(book.read(), ALIAS)
-    if last is not None:
-        assert (counted[-1], last.stands) == (last, stands)
-        assert last.kind != INTENT
-    return counted
-
-
 # --- races ------------------------------------------------------------------------------------------------------
-
-
-def raced(registry: Registry, versions: list[Version], before: int | None, pool: ThreadPoolExecutor) -> list[Any]:
-    """Two promoters at once, to the two versions that do not hold the alias; what each was told."""
-    start = threading.Barrier(2)
-
-    def promoter(to: Version) -> Any:
-        book = Journal(Registry(registry.uri), to.name, patience_s=120.0)
-        start.wait()
-        try:
-            return book.move(ALIAS, to, before=before, decision=PROMOTE, why=f"to {to.version}")
-        except RayscaleError as error:
-            return error
-
-    return list(pool.map(promoter, [v for v in versions[1:] if v.version != (before or 1)]))
 
 
 @pytest.mark.parametrize("races", [8, pytest.param(200, marks=pytest.mark.long)])

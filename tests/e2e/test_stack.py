@@ -17,7 +17,9 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,13 @@ from PIL import Image
 
 from rayscale import artifact
 from rayscale.client import Client
+from rayscale.registry.journal import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
 U8 = NDArray[np.uint8]
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1500)]
 
-user = runpy.run_path(str(ROOT / "tests/stack_user.py"))
+user, promoters = (runpy.run_path(str(ROOT / f"tests/{name}.py")) for name in ("stack_user", "promoters"))
 Stack, until, MODEL = user["Stack"], user["until"], user["MODEL"]
 IMAGES = 2048  # of a run; a checkpoint every 256
 TRAIN = (
@@ -72,6 +75,7 @@ def keeps(stack: Stack) -> None:
 def stack() -> Iterator[Stack]:
     given = os.environ.get("RAYSCALE_TEST_STACK")
     state = Path(given or tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    state.mkdir(parents=True, exist_ok=True)
     state.chmod(0o755)  # PostgreSQL is not run by root, and must find its folder
     stack = Stack(state)
     try:
@@ -132,6 +136,19 @@ def publish_and_promote(stack: Stack, run_uri: str) -> dict[str, Any]:
 def second(stack: Stack, first: dict[str, Any]) -> dict[str, Any]:
     """Another version, published only."""
     return once(stack, "second", lambda: make_second(stack))
+
+
+@pytest.fixture(scope="module")
+def many(stack: Stack) -> str:
+    """A dataset that takes some time to score."""
+    rng = np.random.default_rng(6)
+    for i in range(150):
+        photo = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (384, 384, 3), np.uint8)).save(photo, "JPEG")
+        stack.s3.put_object(Bucket="rayscale", Key=f"many-photos/test/{i}.jpg", Body=photo.getvalue())
+    packed = stack.result("jobs/ingest.py", "s3://rayscale/many-photos", "s3://rayscale/many", "--split", "folder")
+    assert packed["test"] == 150
+    return "s3://rayscale/many"
 
 
 def make_second(stack: Stack) -> dict[str, Any]:
@@ -248,9 +265,9 @@ def test_the_database_restarted_during_training_costs_no_record(stack: Stack, fi
     assert stack.champion() == (first["version"], first["digest"])
 
 
-@pytest.mark.parametrize("moment", ["recorded"])
+@pytest.mark.parametrize("moment", ["scoring", "recorded"])
 def test_mlflow_killed_during_a_promotion(
-    stack: Stack, first: dict[str, Any], second: dict[str, Any], moment: str
+    stack: Stack, first: dict[str, Any], second: dict[str, Any], many: str, moment: str
 ) -> None:
     """What is served is a champion that was promised, before, during and after; the same command ends it."""
     stack.registry.client.set_registered_model_alias(MODEL, "champion", str(first["version"]))
@@ -261,21 +278,47 @@ def test_mlflow_killed_during_a_promotion(
         return 0 if found is None else len(stack.registry.client.search_runs([found.experiment_id]))
 
     before = promotions()
-    job = stack.submit("jobs/promote.py", f"{MODEL}:{second['version']}")
-    until((lambda: job.said("score")) if moment == "scoring" else (lambda: promotions() > before))
+    command = ("jobs/promote.py", f"{MODEL}:{second['version']}", *(("--photos", many) if moment == "scoring" else ()))
+    job = stack.submit(*command)
+    until((lambda: job.said(" images (")) if moment == "scoring" else (lambda: promotions() > before))
+    scored = job.count(" images (")
     stack.do("kill", "mlflow")
     assert stack.served(PICTURES[0])[0] in (first["digest"], second["digest"])
     code = job.wait()
     assert stack.served(PICTURES[0])[0] in (first["digest"], second["digest"]), "it serves without MLflow"
-    print(f"{moment}: the job's exit code was {code}; its last line: {job.lines[-8:]}")
+    print(f"{moment}: the job's exit code was {code}; its last lines: {job.lines[-8:]}")
+    if moment == "scoring":
+        assert job.count(" images (") > scored, "it was killed while it scored"
+        assert any("error: MLFLOW_TRACKING_URI" in line and "run this again" in line for line in job.lines), job.lines
     stack.do("up")
     moved = stack.champion()[1] == second["digest"]
     assert moved or code != 0, "a promotion that said yes has happened"
-    again = stack.result("jobs/promote.py", f"{MODEL}:{second['version']}")
+    assert not moved or moment != "scoring"
+    again = stack.result(*command)
     assert again["promoted"] or again.get("already"), again
     stack.wait_served(second["digest"], PICTURES[0])
     assert stack.champion() == (second["version"], second["digest"])
-    stack.result("jobs/models.py", "history", MODEL)
+    assert stack.result("jobs/models.py", "history", MODEL)["moved_by_hand"] == {}, "journal and alias agree"
+
+
+def test_of_two_promoters_at_once_one_wins(stack: Stack) -> None:
+    """Its negative control is beside the same race in tests/contract/test_journal.py."""
+    registry, before, won, lost = stack.registry, None, 0, []
+    versions = promoters["model"](registry, name := f"raced-{time.time_ns()}")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            told = promoters["raced"](registry, versions, before, pool, "raced")
+            winners = [one for one in told if isinstance(one, Entry)]
+            lost += [one for one in told if not isinstance(one, Entry)]
+            assert len(winners) <= 1
+            promoters["agreed"](registry, name, "raced")
+            before = registry.aliases(name).get("raced")
+            assert not winners or before == winners[0].to
+            won += len(winners)
+    kinds = Counter(type(one).__name__ for one in lost)
+    print(f"20 races of two promoters on PostgreSQL: {won} had a winner; the others were told {dict(kinds)}")
+    assert won > 0
+    assert kinds.keys() <= {"ConflictError", "UnavailableError"}, lost
 
 
 def test_a_node_killed_under_load_costs_no_answer(stack: Stack, first: dict[str, Any]) -> None:
