@@ -174,6 +174,19 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return functional.cross_entropy(logits.masked_fill(itself, -torch.inf), partner)
 
 
+def supervised_contrast(a: Tensor, b: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """`nt_xent` where all views of one label are partners: the mean of their cross-entropies, L_out of the paper.
+
+    SupCon (Khosla et al., arXiv:2004.11362). a, b: as `nt_xent`; labels: i64[n]. Of unlike labels all, it is `nt_xent`.
+    """
+    both, label = torch.cat([a, b]), labels.repeat(2)
+    itself = torch.eye(len(both), dtype=torch.bool, device=a.device)
+    logits = (both @ both.T / temperature).masked_fill(itself, -torch.inf)
+    partners = (label[:, None] == label) & ~itself
+    surprise = -functional.log_softmax(logits, dim=1).masked_fill(~partners, 0.0).sum(1)
+    return (surprise / partners.sum(1)).mean()
+
+
 def vicreg(
     a: Tensor, b: Tensor, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
 ) -> Tensor:

@@ -53,6 +53,30 @@ def test_nt_xent_is_low_where_partners_meet_and_high_where_all_do() -> None:
     assert losses.nt_xent(apart, apart.roll(1, 0), 0.1).item() > 5
 
 
+@given(labels=st.lists(st.integers(0, 2), min_size=2, max_size=6), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_supervised_contrast_is_the_papers_sum(labels: list[int], seed: int) -> None:
+    """Equation 2 of arXiv:2004.11362, literally."""
+    a, b = (normalize(v, dim=1) for v in vectors(len(labels), 5, seed))
+    z, y = torch.cat([a, b]).double().numpy(), labels * 2
+    similar = np.exp(z @ z.T / 0.3)
+    total = 0.0
+    for i in range(len(y)):
+        others = [j for j in range(len(y)) if j != i]
+        partners = [j for j in others if y[j] == y[i]]
+        total -= sum(math.log(similar[i, p] / similar[i, others].sum()) for p in partners) / len(partners)
+    found = losses.supervised_contrast(a, b, torch.tensor(labels), 0.3)
+    assert found.item() == pytest.approx(total / len(y), rel=1e-4)
+
+
+def test_supervised_contrast_of_unlike_labels_is_nt_xent() -> None:
+    a, b = (normalize(v, dim=1) for v in vectors(6, 5))
+    assert losses.supervised_contrast(a, b, torch.arange(6), 0.2).item() == pytest.approx(
+        losses.nt_xent(a, b, 0.2).item(), rel=1e-5
+    )
+    assert losses.supervised_contrast(a, b, torch.zeros(6).long(), 0.2) != losses.nt_xent(a, b, 0.2)
+
+
 @given(n=st.integers(3, 9), d=st.integers(2, 6), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_vicreg_is_the_papers_three_terms(n: int, d: int, seed: int) -> None:
@@ -73,23 +97,24 @@ def test_vicreg_punishes_collapse() -> None:
     assert losses.vicreg(a, a).item() < 3
 
 
-@pytest.mark.parametrize("objective", ["simclr", "vicreg"])
+@pytest.mark.parametrize("objective", ["simclr", "vicreg", "supcon"])
 def test_the_loss_has_two_views_of_each_picture_and_finite_gradients(objective: str) -> None:
     task = replace(TASK, objective=objective)
     torch.manual_seed(0)
     nets = task.build(CPU)
     torch.manual_seed(1)
-    first = task.loss("embed", nets, Batch({"hr": pictures()}, 0))
+    given = {"hr": pictures(), "label": torch.tensor([0, 1, 0, 2, 1, 0])}
+    first = task.loss("embed", nets, Batch(given, 0))
     torch.manual_seed(2)
-    assert task.loss("embed", nets, Batch({"hr": pictures()}, 0)).total.item() != first.total.item()
+    assert task.loss("embed", nets, Batch(given, 0)).total.item() != first.total.item()
     torch.manual_seed(1)
-    assert task.loss("embed", nets, Batch({"hr": pictures()}, 10**6)).total.item() == first.total.item()
+    assert task.loss("embed", nets, Batch(given, 10**6)).total.item() == first.total.item()
     first.total.backward()
     for parameter in nets["net"].parameters():
         assert parameter.grad is not None
         assert torch.isfinite(parameter.grad).all()
     one_colour = torch.zeros(4, 3, 16, 16)  # all vectors alike: the loss of a net that knows nothing
-    assert torch.isfinite(task.loss("embed", nets, Batch({"hr": one_colour}, 0)).total)
+    assert torch.isfinite(task.loss("embed", nets, Batch({"hr": one_colour, "label": torch.zeros(4).long()}, 0)).total)
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), n=st.integers(2, 5))

@@ -1,9 +1,9 @@
-"""Vectors whose angle says how alike two pictures are, learned without labels: SimCLR and VICReg.
+"""Vectors whose angle says how alike two pictures are: SimCLR and VICReg without labels, SupCon with them.
 
 Two random views of one picture shall meet, views of different pictures shall not (Chen et al., arXiv:2002.05709), or
-the vectors shall vary and their features not repeat each other (Bardes et al., arXiv:2105.04906). Both are functions
-of one micro-batch alone, its own pictures being the negatives: the number of workers changes nothing, and
-`data.micro_batch` is a setting of the loss.
+the vectors shall vary and their features not repeat each other (Bardes et al., arXiv:2105.04906); or all views of one
+label shall meet (Khosla et al., arXiv:2004.11362). All are functions of one micro-batch alone, its own pictures being
+the negatives: the number of workers changes nothing, and `data.micro_batch` is a setting of the loss.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Embed:
     levels: int = 4  # halvings; the vector has features * 2^(levels - 1) numbers
     blocks: int = 1  # residual blocks a level
     head: int = 128
-    objective: Literal["simclr", "vicreg"] = "simclr"
-    temperature: float = 0.2  # of simclr
+    objective: Literal["simclr", "vicreg", "supcon"] = "simclr"  # supcon: like are photos of one label
+    temperature: float = 0.2  # of simclr and supcon
     crop_area: tuple[float, float] = (0.25, 1.0)  # share of the picture that a view shows
     jitter: float = 0.5  # strength of the colour changes; 0 leaves colour to be told pictures by
     gray_chance: float = 0.2
@@ -127,7 +127,10 @@ class Embed:
                 raise ConfigError(f"task.{name}", getattr(self, name), "must be in 0..1", "try 0.2")
 
     family = "embed"
-    needs = ("hr",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hr", "label") if self.objective == "supcon" else ("hr",)
 
     @property
     def size(self) -> int:
@@ -157,8 +160,13 @@ class Embed:
         views = torch.cat([self.view(hr), self.view(hr)])
         a, b = nets["net"](views).float().chunk(2)
         unit_a, unit_b = functional.normalize(a, dim=1), functional.normalize(b, dim=1)
-        simclr = self.objective == "simclr"
-        total = losses.nt_xent(unit_a, unit_b, self.temperature) if simclr else losses.vicreg(a, b)
+        match self.objective:
+            case "simclr":
+                total = losses.nt_xent(unit_a, unit_b, self.temperature)
+            case "vicreg":
+                total = losses.vicreg(a, b)
+            case "supcon":
+                total = losses.supervised_contrast(unit_a, unit_b, batch.tensors["label"], self.temperature)
         cosines = (unit_a @ unit_b.T).detach()
         found = (cosines.argmax(1) == torch.arange(len(a), device=a.device)).float().mean()
         return Losses(total, {f"loss/{self.objective}": total, "partner_found": found})

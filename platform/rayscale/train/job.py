@@ -109,7 +109,7 @@ def _check_classes(job: Job) -> None:
         raise ConfigError(
             "data", job.photos.uri, rule, "pack with --labels or folders, or take a recipe without classes"
         )
-    if wanted != len(classes):
+    if wanted not in (None, len(classes)):
         known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         rule = f"the dataset has {len(classes)} labels: {known}"
         raise ConfigError("task.num_classes", wanted, rule, f"--set task.num_classes={len(classes)}")
