@@ -88,7 +88,8 @@ async def respond(gateway: Gateway, request: Request, work: Work, body: Body | N
     if body is None:
         body = await read_body(request, settings.limits.max_bytes, settings.timeout_s)
     try:
-        answer = await while_connected(request, work(body))
+        watched = request.scope.get(problems.WATCHED, False)
+        answer = await (work(body) if watched else while_connected(request, work(body)))
     except ClientGone:
         log.info("request %s: the client hung up", request.scope["rayscale.request_id"])
         return Response(status_code=problems.CLIENT_GONE)
