@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,7 @@ class Format:
         return JSON if self.as_json else f"image/{self.media}"
 
 
+@functools.lru_cache(maxsize=64)  # of headers as long as a server takes them
 def negotiate(accept: str) -> Format:
     """What an Accept header likes best; PNG, JPEG, WebP, JSON among equals.
 
