@@ -1,15 +1,24 @@
 """What serving costs: our one and two tiers beside a bare ONNX Runtime loop and Starlette with a pool of threads.
 
-python tests/benchmarks/serve.py [--only bare,threads,one,two,batcher] [--sizes 64,512,2mp] [--concurrency 1,8,32]
-                                 [--rounds 3] [--proxy haproxy|python]      # the last line is one JSON object
+python tests/benchmarks/serve.py [--only bare,threads,floor,one,two,batcher] [--sizes 64,512,2mp] [--rounds 3]
+                                 [--concurrency 1,8,32] [--requests 2000] [--proxy haproxy|python]
+                                                                            # the last line is one JSON object
 
 Every system upscales the same noisy PNGs (64 px: 12 KB; 512 px; 1600 x 1280) by the same small x2 net, one thread of
-ONNX Runtime, the same codecs; the answers are compared byte for byte. CPU-ms a request is that of all the system's
-processes (the proxy, Ray's daemons and controller too) without the client's, less what they use while idle. The bare
-loop runs whole pictures, and with the tile plan that the engine uses. `fraction_of_bare_*` is bare CPU / ours: on a
-shared machine wall times mean little; images a second stand in the table. Systems take turns, `--rounds` times, and
-the medians count. `batcher_over_serve_batch`: answers a second of our queue and of `@serve.batch`, 50 requests a second
-on a simulated device that takes 100 ms for up to eight at once.
+ONNX Runtime, the same codecs; the answers are compared byte for byte. The bare loop runs whole pictures, and with the
+tile plan that the engine uses.
+
+CPU-ms a request is that of every process the system started (proxies, Ray's daemons, controller and agents too)
+without the client's, less what they use while idle: the mean of `IDLE_S` before and after a cell, printed beside it,
+with what each kind of process takes of the rest. A cell starts after a tenth of its requests. The bare loop and the
+client run on the same cores as the system: neither is moved out of its way. `floor one`: the same proxy and a FastAPI
+application that reads the body and answers the right bytes without any work; `floor two`: it also asks a second
+deployment, with the bytes that go and come between our tiers. That is Ray Serve's share of an overhead.
+
+`*_overhead_ms_12kb` is ours less the bare loop's, the median over the concurrencies; `fraction_of_bare_*` bare CPU /
+ours: on a shared machine wall times mean little; images a second stand in the table. Systems take turns, `--rounds`
+times, and the medians count. `batcher_over_serve_batch`: answers a second of our queue and of `@serve.batch`, 50
+requests a second on a simulated device that takes 100 ms for up to eight at once.
 """
 
 from __future__ import annotations
@@ -20,6 +29,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -28,9 +38,10 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -38,6 +49,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -51,7 +63,7 @@ os.environ |= {MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYSCALE_LOG": "WARNI
 
 U8 = NDArray[np.uint8]
 SIZES = {"64": (64, 64), "512": (512, 512), "2mp": (1280, 1600)}
-REQUESTS = {"64": 256, "512": 64, "2mp": 6}  # in a cell, or as many as its concurrency
+REQUESTS = {"64": 2000, "512": 64, "2mp": 6}  # in a cell, or as many as its concurrency
 CHANNELS, LAYERS = 16, 4
 TIMEOUT_S = 300.0
 IDLE_S = 4.0  # Ray's daemons work in turns of a second or two
@@ -125,24 +137,52 @@ def tiled(session: artifact.Session, data: bytes) -> bytes:
 class Cell:
     cpu_ms: float  # of one request, over all processes of the system
     per_s: float
+    idle_ms: float = 0.0  # CPU-ms a second that the system uses without requests
+    parts: dict[str, float] = field(default_factory=dict)  # CPU-ms of one request by kind of process
 
 
-def cpu_seconds() -> float:
-    """Of all living processes that were started here, with the children that they have buried."""
-    total = 0
+def cpu_seconds() -> dict[str, float]:
+    """By kind of process, of all that were started here, with the children that they have buried.
+
+    They are found by descent and by our mark: a title written over its environment hides the second, an early end of
+    a parent the first.
+    """
+    parents, found = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARK}=".encode() in (folder / "environ").read_bytes():
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                total += sum(map(int, fields[11:15]))
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            marked = f"{MARK}=".encode() in (folder / "environ").read_bytes()
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it ended
             continue
-    return total / os.sysconf("SC_CLK_TCK")
+        pid = int(folder.name)
+        parents[pid] = int(fields[1])
+        found[pid] = marked, kind_of(title), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    total: dict[str, float] = {}
+    for pid, (marked, kind, seconds) in found.items():
+        above = pid
+        while above > 1 and above != os.getpid():
+            above = parents.get(above, 0)
+        if pid != os.getpid() and (marked or above == os.getpid()):
+            total[kind] = total.get(kind, 0.0) + seconds
+    return total
+
+
+KINDS = {  # what a title has in it -> what the process is called here
+    "ServeReplica:[^:]*:Gateway": "gateway", "ServeReplica:[^:]*:Engine": "engine", "ServeReplica": "replica",
+    "haproxy .*-f|haproxy$": "haproxy", "HAProxyManager|ProxyActor": "proxy actor", "ServeController": "controller",
+    "raylet": "raylet", "gcs_server": "gcs", "ray::|/ray/": "other of Ray",
+}  # fmt: skip
+
+
+def kind_of(title: str) -> str:
+    return next((kind for pattern, kind in KINDS.items() if re.search(pattern, title)), "server")
 
 
 def bare(work: Callable[[artifact.Session, bytes], bytes], folder: Path, size: str) -> Cell:
     session, data, count = artifact.load(folder, threads=1), body(size), REQUESTS[size]
-    work(session, data)
+    for _ in range(1 + count // 10):
+        work(session, data)
     cpu, started = time.process_time(), time.monotonic()
     for _ in range(count):
         work(session, data)
@@ -176,17 +216,25 @@ def load(port: int, size: str, concurrency: int, wanted: bytes) -> Cell:
         for thread in threads:
             thread.join()
 
-    go(concurrency)  # connections and caches are warm
-    idle = cpu_seconds()
-    time.sleep(IDLE_S)
-    idle_share = (cpu_seconds() - idle) / IDLE_S
-    cpu, started = cpu_seconds(), time.monotonic()
+    def idle() -> Counter[str]:
+        """CPU seconds a second."""
+        before = Counter(cpu_seconds())
+        time.sleep(IDLE_S)
+        used = Counter(cpu_seconds())
+        used.subtract(before)
+        return Counter({kind: seconds / IDLE_S for kind, seconds in used.items()})
+
+    go(max(concurrency, count // 10))  # connections and caches are warm
+    calm = idle()
+    cpu, started = Counter(cpu_seconds()), time.monotonic()
     go(count)
-    wall = time.monotonic() - started
-    used = cpu_seconds() - cpu - idle_share * wall
+    wall, used = time.monotonic() - started, Counter(cpu_seconds())
+    used.subtract(cpu)
+    calm.update(idle())
     if wrong:
         raise SystemExit(f"{len(wrong)} wrong answers, e.g. {wrong[0]}")
-    return Cell(used * 1e3 / count, count / wall)
+    parts = {kind: (seconds - calm[kind] / 2 * wall) * 1e3 / count for kind, seconds in used.items()}
+    return Cell(sum(parts.values()), count / wall, calm.total() / 2 * 1e3, parts)
 
 
 # --- the systems
@@ -297,6 +345,48 @@ def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     yield port  # it ends with its cluster: in HAProxy's mode `serve.shutdown` waits for half a minute
 
 
+@contextmanager
+def floor(which: str, size: str, wanted: bytes) -> Iterator[int]:
+    """Ray Serve alone: a gateway that only answers, and for two tiers an engine that only answers it."""
+    from ray import serve
+
+    height, width = SIZES[size]
+    tiles, made = np.zeros((1, height, width, 3), np.uint8), np.zeros((1, 2 * height, 2 * width, 3), np.uint8)
+
+    @serve.deployment(name="Engine", max_ongoing_requests=64, logging_config={"enable_access_log": False})
+    class Second:
+        async def answer(self, tiles: U8) -> U8:
+            return made
+
+    @serve.deployment(name="Gateway", max_ongoing_requests=64)
+    @serve.ingress()
+    class First:
+        def __init__(self, *second: Any) -> None:
+            pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
+            self.ask = second[0].options(method_name="answer", **pickled) if second else None
+
+        async def upscale(self, request: Request) -> Response:
+            await request.body()
+            if self.ask is not None:
+                await self.ask.remote(tiles)
+            return Response(wanted, media_type="image/png")
+
+        async def ready(self, _: Request) -> Response:
+            return Response("ok")
+
+        def __serve_build_asgi_app__(self) -> FastAPI:
+            api = FastAPI()
+            api.add_route("/v1/upscale", self.upscale, methods=["POST"])
+            api.add_route("/readyz", self.ready)
+            return api
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(First.bind(*([Second.bind()] if which == "two" else [])), name="bench", route_prefix="/")
+    wait_for(port, "/readyz")
+    yield port
+
+
 # --- the batcher
 
 
@@ -378,7 +468,12 @@ def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, flo
 
     def note(system: str, size: str, concurrency: int, cell: Cell) -> None:
         table.setdefault(system, {}).setdefault(f"{size} x{concurrency}", []).append(cell)
-        print(f"{system:10} {size:>4} x{concurrency:<3} {cell.cpu_ms:9.2f} CPU-ms {cell.per_s:9.1f}/s", flush=True)
+        costly = sorted(((ms, kind) for kind, ms in cell.parts.items() if abs(ms) >= 0.005), reverse=True)
+        parts = ", ".join(f"{kind} {ms:.2f}" for ms, kind in costly)
+        found = f"{cell.cpu_ms:9.2f} CPU-ms {cell.per_s:9.1f}/s   {parts}"
+        if parts:
+            found += f"; idle {cell.idle_ms:.0f} ms/s"
+        print(f"{system:10} {size:>4} x{concurrency:<3} {found}", flush=True)
 
     def serve_one(system: str, port: int) -> None:
         for size in given.sizes:
@@ -395,6 +490,10 @@ def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, flo
                 serve_one("threads", port)
         state = root / str(number)
         for which in ("one", "two"):
+            if "floor" in given.only and (size := given.sizes[0]):
+                with cluster(given.proxy), floor(which, size, wanted[size]) as port:
+                    for concurrency in given.concurrency:
+                        note(f"floor {which}", size, concurrency, load(port, size, concurrency, wanted[size]))
             if which in given.only:
                 with cluster(given.proxy), tiers(which, folder, state / which) as port:
                     serve_one(which, port)
@@ -420,6 +519,7 @@ def summary(table: Table, batches: dict[str, float]) -> dict[str, Any]:
 
     for which in ("one", "two"):
         put(f"{which}_tier_overhead_ms_12kb", at(which, "64"), at("bare", "64"), lambda a, b: a - b)
+        put(f"{which}_tier_floor_ms_12kb", at(f"floor {which}", "64"), 0.0, lambda a, b: a - b)
     put("fraction_of_bare_same_tiles", at("bare tiled", "2mp"), at("one", "2mp"), lambda a, b: a / b)
     put("fraction_of_bare_whole_512px", at("bare", "512"), at("one", "512"), lambda a, b: a / b)
     put("batcher_over_serve_batch", batches.get("ours"), batches.get("builtin"), lambda a, b: a / b)
@@ -432,13 +532,15 @@ def summary(table: Table, batches: dict[str, float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, sizes = ("bare", "threads", "one", "two", "batcher"), tuple(SIZES)
+    parts, sizes = ("bare", "threads", "floor", "one", "two", "batcher"), tuple(SIZES)
     parser.add_argument("--only", type=lambda text: names(text, parts), default=list(parts))
     parser.add_argument("--sizes", type=lambda text: names(text, sizes), default=list(sizes))
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=REQUESTS["64"], help="of 64 px in a cell")
     parser.add_argument("--proxy", choices=("haproxy", "python"), default="haproxy")
     given = parser.parse_args()
+    REQUESTS["64"] = given.requests
     root = Path(tempfile.mkdtemp(prefix="rayscale-serve-"))
     os.environ |= {"RAYSCALE_HOME": str(root), "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import runpy
 import shutil
@@ -10,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,22 @@ def start() -> Iterator[Callable[..., Engine]]:
     yield begin
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1, thread_name_prefix="codec") as codecs:
+        yield codecs
+
+
+class Tiles:
+    """A picture cut into tiles of these names."""
+
+    def __init__(self, *names: int) -> None:
+        self.tiles = [tile(name) for name in names]
+
+    def place(self, index: int, result: U8) -> None:
+        pass
 
 
 def tile(name: int, side: int = 8) -> U8:
@@ -558,9 +575,14 @@ def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -
     assert session.runs[1:] in ([[2, 3]], [[3]])
 
 
-def test_what_a_request_held_is_gone_with_it(start: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("provider", ["Fake", artifact.CPU])
+def test_what_a_request_held_is_gone_with_it(
+    start: Callable[..., Engine], pool: ThreadPoolExecutor, provider: str
+) -> None:
     """Without waiting for the collector of cycles, which does not count arrays."""
-    engine = start(FakeSession())
+    session = FakeSession()
+    session.provider = provider
+    engine = start(session)
 
     class Pixels:
         pass
@@ -568,12 +590,13 @@ def test_what_a_request_held_is_gone_with_it(start: Callable[..., Engine]) -> No
     async def request() -> weakref.ref[Pixels]:
         pixels = Pixels()
 
-        def then(timing: Timing, held: Pixels = pixels) -> Future[Pixels]:
-            done: Future[Pixels] = Future()
-            done.set_result(held)
-            return done
+        def begin(held: Pixels = pixels) -> Tiles:
+            return Tiles(1)
 
-        await engine.run_then("d", [tile(1)], nowhere, then, deadline=time.monotonic() + 10)
+        def then(timing: Timing, held: Pixels = pixels) -> Pixels:
+            return held
+
+        await engine.run_between("d", pool, begin, then, deadline=time.monotonic() + 10)
         return weakref.ref(pixels)
 
     async def main() -> None:
@@ -588,17 +611,18 @@ def test_what_a_request_held_is_gone_with_it(start: Callable[..., Engine]) -> No
         gc.enable()
 
 
-def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine]) -> None:
+def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine], pool: ThreadPoolExecutor) -> None:
     session = FakeSession()
     engine = start(session)
     begun: list[Future[str]] = []
 
-    def then(timing: Timing) -> Future[str]:
+    def then(timing: Timing) -> str:
         begun.append(Future())
-        return begun[-1]
+        return begun[-1].result(10)
 
-    async def ask_then(name: int, timeout_s: float = 10.0) -> str:
-        return await engine.run_then("d", [tile(name)], nowhere, then, deadline=time.monotonic() + timeout_s)
+    async def ask_then(name: int, timeout_s: float = 10.0) -> str | None:
+        begin = functools.partial(Tiles, name)
+        return await engine.run_between("d", pool, begin, then, deadline=time.monotonic() + timeout_s)
 
     async def main() -> None:
         made = asyncio.create_task(ask_then(1, 0.5))
@@ -613,11 +637,6 @@ def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine]) ->
         with pytest.raises(ValueError, match="no encoder"):
             await failed
 
-        gone = asyncio.create_task(ask_then(3))
-        await until(lambda: len(begun) == 3)
-        gone.cancel()
-        await until(begun[2].cancelled)
-
         with pytest.raises(ValueError, match="poison"):
             await ask_then(POISON)
         session.gate.clear()
@@ -630,7 +649,87 @@ def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine]) ->
         session.gate.set()
         await ask(engine, 6)
         assert [5] not in session.runs
-        assert len(begun) == 3
+        assert len(begun) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled", "refused", "nothing"])
+def test_what_comes_before_the_tiles_may_end_it(
+    start: Callable[..., Engine], pool: ThreadPoolExecutor, how: str
+) -> None:
+    session, go = FakeSession(), threading.Event()
+    engine = start(session)
+
+    def begin() -> Tiles | None:
+        go.wait(10)
+        if how == "refused":
+            raise ConfigError("image", 1, "is refused", "send another")
+        return None if how == "nothing" else Tiles(1)
+
+    async def main() -> None:
+        left_s = 0.05 if how == "late" else 10.0
+        asked = engine.run_between("d", pool, begin, lambda timing: "made", deadline=time.monotonic() + left_s)
+        task = asyncio.create_task(asked)
+        await asyncio.sleep(0.01)
+        if how == "late":  # answered, though a codec is busy with it
+            with pytest.raises(UnavailableError, match="deadline"):
+                await task
+        if how == "cancelled":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        go.set()
+        if how == "refused":
+            with pytest.raises(ConfigError):
+                await task
+        if how == "nothing":
+            assert await task is None
+        pool.shutdown()
+        await ask(engine, 2)
+        assert session.runs == [[2]]
+
+    asyncio.run(main())
+
+
+def test_a_free_device_is_worked_by_who_finds_it_free(start: Callable[..., Engine], pool: ThreadPoolExecutor) -> None:
+    """A small picture's tile on a CPU; the device's thread has all that waits meanwhile, and everything else."""
+    session = FakeSession()
+    engine = start(session)
+    where: list[str] = []
+
+    class Here(Tiles):
+        def place(self, index: int, result: U8) -> None:
+            where.append(threading.current_thread().name)
+
+    async def ask_between(*names: int) -> str | None:
+        begin = functools.partial(Here, *names)
+        return await engine.run_between("d", pool, begin, lambda timing: "made", deadline=time.monotonic() + 10)
+
+    async def main() -> None:
+        assert await ask_between(1) == "made"  # another device than a CPU has one thread
+        session.provider = artifact.CPU
+        assert await ask_between(2) == "made"
+        assert await ask_between(3, 4) == "made"
+        assert where == ["engine", "codec_0", "engine", "engine"]
+        session.gate.clear()
+        first = asyncio.create_task(ask_between(5))
+        await until(lambda: session.runs[-1] == [5])
+        rest = [asyncio.create_task(ask(engine, n)) for n in (6, 7)]
+        await asyncio.sleep(0.02)
+        assert session.runs[-1] == [5]  # one at a time
+        session.gate.set()
+        await asyncio.gather(first, *rest)
+        assert where[-1] == "codec_0"
+
+        session.gate.clear()
+        gone = asyncio.create_task(ask_between(8))
+        await until(lambda: session.runs[-1] == [8])
+        gone.cancel()
+        session.gate.set()
+        assert await ask_between(9) == "made"
+        assert await ask_between(9) == "made"
+        assert engine.backlog_s() == 0
 
     asyncio.run(main())
 

@@ -350,7 +350,7 @@ def test_a_client_that_hangs_up_stops_its_work(service: Service, monkeypatch: py
             cancelled.append(True)
             raise
 
-    monkeypatch.setattr(service.engine, "run_then", slow)
+    monkeypatch.setattr(service.engine, "run_between", slow)
     messages = [{"type": "http.request", "body": png(photo())}, {"type": "http.disconnect"}]
 
     async def main() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import pickle
 import runpy
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +122,8 @@ def picture(height: int, width: int, seed: int = 0) -> U8:
 async def upscale(engine: Runner, hwc: U8, timeout_s: float = 20.0) -> U8:
     canvas = Canvas(plan(engine.session("d").card.spec, *hwc.shape[:2], engine.settings), hwc)
 
-    def then(timing: Timing) -> Future[U8]:
-        end: Future[U8] = Future()
-        end.set_result(canvas.result)
-        return end
-
-    return await engine.run_then("d", canvas.tiles, canvas.place, then, deadline=time.monotonic() + timeout_s)
+    await engine.run("d", canvas.tiles, canvas.place, deadline=time.monotonic() + timeout_s)
+    return canvas.result
 
 
 def doubled(hwc: U8) -> U8:
@@ -141,6 +138,27 @@ def test_a_large_picture_goes_in_chunks_and_comes_back_whole(start: Start) -> No
     assert line.most_in_flight == 4
     assert max(reply for _, reply in line.sizes) > 2 << 20  # chunks are filled
     assert [c.index for c in sorted(line.chunks, key=lambda c: c.index)] == list(range(len(line.chunks)))
+
+
+def test_what_comes_before_and_after_the_tiles_is_done_in_the_pool(start: Start) -> None:
+    line, hwc, deadline = start(), picture(64, 48), time.monotonic() + 20
+    canvas = Canvas(plan(line.remote.session("d").card.spec, 64, 48, line.remote.settings), hwc)
+    where: list[str] = []
+
+    def begin() -> Canvas:
+        where.append(threading.current_thread().name)
+        return canvas
+
+    def end(timing: Timing) -> U8:
+        where.append(threading.current_thread().name)
+        return canvas.result
+
+    with ThreadPoolExecutor(1, thread_name_prefix="codec") as pool:
+        found = asyncio.run(line.remote.run_between("d", pool, begin, end, deadline=deadline))
+        nothing = asyncio.run(line.remote.run_between("d", pool, lambda: None, end, deadline=deadline))
+    assert where == ["codec_0", "codec_0"]
+    assert nothing is None
+    np.testing.assert_array_equal(found, doubled(hwc))
 
 
 def test_a_thumbnail_is_one_chunk_and_a_tile_beyond_the_limit_is_marked_large(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,7 @@ class Format:
         return JSON if self.as_json else f"image/{self.media}"
 
 
+@functools.lru_cache(maxsize=64)  # of headers as long as a server takes them
 def negotiate(accept: str) -> Format:
     """What an Accept header likes best; PNG, JPEG, WebP, JSON among equals.
 
@@ -88,7 +90,8 @@ async def respond(gateway: Gateway, request: Request, work: Work, body: Body | N
     if body is None:
         body = await read_body(request, settings.limits.max_bytes, settings.timeout_s)
     try:
-        answer = await while_connected(request, work(body))
+        watched = request.scope.get(problems.WATCHED, False)
+        answer = await (work(body) if watched else while_connected(request, work(body)))
     except ClientGone:
         log.info("request %s: the client hung up", request.scope["rayscale.request_id"])
         return Response(status_code=problems.CLIENT_GONE)

@@ -267,6 +267,9 @@ class Queue:
         self._served = len(served)
         return batch
 
+    def __bool__(self) -> bool:
+        return bool(self._circle)
+
     def cost_s(self) -> float:
         """Estimated device time of all that waits, seconds."""
         return sum((job.waiting_s for jobs in self._circle for job in jobs if not job.future.done()), 0.0)

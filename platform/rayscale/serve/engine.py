@@ -8,11 +8,12 @@ No HTTP and no Ray: an engine lives in a gateway's process as well as behind a h
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,12 @@ from rayscale.serve.batching import (
     too_late,
     units,
 )
+from rayscale.serve.course import Begin, Course, Then, Tiled
 from rayscale.serve.shelf import Shelf
 
 T = TypeVar("T")
 
-Then = Callable[[Timing], Future[T]]
-"""What begins in another thread once the tiles are there, wherever that is seen."""
+_LEAD_S = 0.05  # what takes longer is left to the device's thread: codecs wait for the pool's
 
 Load = Callable[[Path, str], Session]
 """(folder, expected digest) -> a verified session."""
@@ -178,9 +179,9 @@ class Runner(Protocol):
     def backlog_s(self) -> float: ...
     def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
-    async def run_then(
-        self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float
-    ) -> T: ...
+    async def run_between(
+        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+    ) -> T | None: ...
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
     ) -> tuple[dict[str, F32], Timing]: ...
@@ -201,6 +202,7 @@ class Engine:
         self._queue = Queue(settings.max_batch)
         self._wake = threading.Condition()  # guards the queue and what follows
         self._closed = False
+        self._taken = False  # somebody runs a batch: the device's thread, or who found the device free
         self._busy_until = 0.0
         self._outcomes: dict[str, Outcome] = {}
         self._running: tuple[list[Item], Abort] | None = None
@@ -280,17 +282,42 @@ class Engine:
         self._check_channels(digest, tiles)
         model = await self._model(digest, deadline)
         job = TileJob(model=model, tiles=tiles, place=place, deadline=deadline, owner=owner)
-        return await self._finish(job, job.future)
+        return await self._finish(job)
 
-    async def run_then(self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float) -> T:
-        """`run`, and the end of what `then` begins: the event loop is woken once, and not in between.
+    async def run_between(
+        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+    ) -> T | None:
+        """`begin` in a thread of the pool, its tiles as `run` does, `then` in the pool again: its result.
 
-        The deadline is the tiles'. Raises: as `run`, and what the second part raises.
+        The event loop is woken once. Where the device has nothing to do, a small picture's only tile runs in the
+        thread that decoded it. The deadline is the tiles'. Raises: as `run`, and what the other parts raise.
         """
-        self._check_channels(digest, tiles)
-        model = await self._model(digest, deadline)
-        job = TileJob(model=model, tiles=tiles, place=place, deadline=deadline)
-        return await self._finish(job, _chained(job.future, then))
+        course = Course(pool, then)
+
+        def enter(tiled: Tiled) -> None:
+            self._check_channels(digest, tiled.tiles)
+            if (model := self._models.get(digest)) is not None:
+                follow(tiled, model, lead=True)
+                return
+            loading = self._loader.submit(self._models.fetch, digest)
+            loading.add_done_callback(lambda done: loaded(tiled, done))
+
+        def loaded(tiled: Tiled, done: Future[Model]) -> None:
+            try:
+                follow(tiled, done.result(), lead=False)
+            except Exception as error:
+                course.fail(error)
+
+        def follow(tiled: Tiled, model: Model, *, lead: bool) -> None:
+            job = TileJob(model=model, tiles=tiled.tiles, place=tiled.place, deadline=deadline)
+            course.follow(job, functools.partial(self._put, lead=lead))
+
+        timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), course.late)
+        try:
+            course.start(begin, enter)
+            return await asyncio.wrap_future(course.end)
+        finally:
+            timer.cancel()
 
     def _check_channels(self, digest: str, tiles: Sequence[U8]) -> None:
         spec, found = self._models.known(digest).card.spec, tiles[0].shape[2]
@@ -309,23 +336,41 @@ class Engine:
         artifact.bind(card, {name: value.shape for name, value in inputs.items()})
         model = await self._model(digest, deadline)
         job = CallJob(model=model, inputs=inputs, deadline=deadline, owner=owner)
-        timing = await self._finish(job, job.future)
+        timing = await self._finish(job)
         return job.outputs, timing
 
-    async def _finish(self, job: Job, end: Future[T]) -> T:
-        """Queue a job and wait for `end`, its own or what follows it."""
+    async def _finish(self, job: Job) -> Timing:
+        """Queue a job and wait for it."""
+        self._put(job)
+        timer = asyncio.get_running_loop().call_later(job.deadline - time.monotonic(), job.fail, too_late())
+        try:
+            return await asyncio.wrap_future(job.future)
+        finally:
+            timer.cancel()
+
+    def _put(self, job: Job, *, lead: bool = False) -> bool:
+        """Queue a job, or with `lead` run it here where that is quick and nobody else is there. Whether it was."""
         job.started = time.monotonic()
         job.future.add_done_callback(self._stop_if_idle)
         with self._wake:
             if self._closed:
                 raise _closed()
+            quick = job.count == 1 and job.item_s <= _LEAD_S and job.model.session.provider == artifact.CPU
+            lead = lead and quick and not self._taken and not self._queue
             self._queue.put(job)
-            self._wake.notify()
-        timer = asyncio.get_running_loop().call_later(job.deadline - time.monotonic(), job.fail, too_late())
+            if not lead:
+                if not self._taken:  # who has the device looks for more at its end
+                    self._wake.notify()
+                return False
+            batch = self._take()
         try:
-            return await asyncio.wrap_future(end)
+            self._run(batch)
         finally:
-            timer.cancel()
+            with self._wake:
+                self._give_back()
+                if self._queue or self._closed:
+                    self._wake.notify()
+        return True
 
     def _stop_if_idle(self, _: Future[Timing] | None = None) -> None:
         """Abort the running batch when nobody waits for any of it."""
@@ -348,17 +393,28 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not (batch := self._queue.take(time.monotonic())):
-                    if self._closed:
+                while self._taken or not (batch := self._take()):
+                    if self._closed and not self._taken:
                         return
                     self._wake.wait()
-                self._busy_until = time.monotonic() + sum(job.item_s for job, _ in batch)
             self._run(batch)
             with self._wake:
-                self._busy_until = 0.0
+                self._give_back()
             del batch  # an idle thread must not keep the last request's pictures
 
+    def _take(self) -> list[Item]:
+        """The next batch, and the device with it."""
+        now = time.monotonic()
+        if batch := self._queue.take(now):
+            self._taken, self._busy_until = True, now + sum(job.item_s for job, _ in batch)
+        return batch
+
+    def _give_back(self) -> None:
+        self._taken, self._busy_until = False, 0.0
+
     def _run(self, batch: list[Item]) -> None:
+        if not batch:  # its deadline had passed
+            return
         started, abort = time.monotonic(), Abort()
         self._running = batch, abort
         self._stop_if_idle()  # it was cancelled since it was taken
@@ -388,43 +444,6 @@ class Engine:
                 self._count(job, ok=True)
                 with suppress(InvalidStateError):  # it was cancelled in this very moment
                     job.future.set_result(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
-
-
-def _chained(first: Future[Timing], then: Then[T]) -> Future[T]:
-    """The end of what `then` begins once the first is done. Cancelling it cancels both, a failure of either is its."""
-    end: Future[T] = Future()
-    # A future keeps its callbacks for good: what they need goes with them, or a request's pixels would wait for the
-    # collector of cycles.
-    steps = [then]
-    running: list[Future[Timing] | Future[T]] = [first]
-
-    def begin(done: Future[Timing]) -> None:
-        step = steps.pop()
-        running.clear()
-        try:
-            second = step(done.result())
-        except Exception as error:  # of the first, or nobody takes the second any more
-            with suppress(InvalidStateError):  # it was cancelled
-                end.set_exception(error)
-            return
-        running.append(second)
-        if end.cancelled():  # before the second was there to be cancelled with it
-            second.cancel()
-        second.add_done_callback(finish)
-
-    def finish(done: Future[T]) -> None:
-        running.clear()
-        with suppress(InvalidStateError):
-            if done.cancelled():
-                end.cancel()
-            elif error := done.exception():
-                end.set_exception(error)
-            else:
-                end.set_result(done.result())
-
-    end.add_done_callback(lambda _: [future.cancel() for future in tuple(running)])
-    first.add_done_callback(begin)
-    return end
 
 
 def _measure(model: Model, settings: EngineSettings) -> Model:

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,7 +19,8 @@ from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
 from rayscale.serve.batching import Timing
-from rayscale.serve.engine import Canvas, Runner
+from rayscale.serve.course import Begin, Tiled
+from rayscale.serve.engine import Runner
 from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
@@ -199,14 +200,23 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
 
     async def made(
-        self, digest: str, canvas: Canvas, deadline: float, work: Callable[..., T], *args: Any
-    ) -> tuple[Timing, T, float]:
-        """A canvas' tiles through the engine, then `codec(work, *args)`: where the time went, result and seconds."""
+        self, digest: str, begin: Begin, end: Callable[[], T], spans: dict[str, float], deadline: float
+    ) -> T | None:
+        """`begin` and `end` in threads for codecs, the tiles of the first between them; None where there are none.
 
-        def then(timing: Timing) -> Future[tuple[Timing, T, float]]:
-            return self._codecs.submit(lambda: (timing, *_timed(work, args)))
+        `spans` are told where the time went, in seconds.
+        """
 
-        return await self.engine.run_then(digest, canvas.tiles, canvas.place, then, deadline=deadline)
+        def first() -> Tiled | None:
+            tiled, spans["decode"] = _timed(begin, ())
+            return tiled
+
+        def last(timing: Timing) -> T:
+            spans["queue"], spans["infer"] = timing
+            made, spans["encode"] = _timed(end, ())
+            return made
+
+        return await self.engine.run_between(digest, self._codecs, first, last, deadline=deadline)
 
     async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.

@@ -25,6 +25,7 @@ from rayscale.serve.meters import Meters
 
 REQUEST_ID = "X-Request-Id"
 MEDIA_TYPE = "application/problem+json"
+WATCHED = "rayscale.watched"  # in a scope: who calls us cancels a request whose client hung up
 CLIENT_GONE = 499  # nobody reads it; it stands in the metrics
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -54,7 +55,8 @@ class BusyError(UnavailableError):
 def install(app: FastAPI, meters: Meters, *, behind_ray: bool) -> None:
     """Make `app` answer every error as a problem, and count what it answers.
 
-    `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's.
+    `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's, and cancels those whose
+    clients hang up.
     """
     app.add_exception_handler(RayscaleError, _on_ours)
     app.add_exception_handler(HTTPException, _on_http)
@@ -137,7 +139,7 @@ class _Envelope:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if self.behind_ray or _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
-        scope["rayscale.request_id"] = request_id
+        scope["rayscale.request_id"], scope[WATCHED] = request_id, self.behind_ray
         started, status = time.monotonic(), CLIENT_GONE
 
         async def send_named(message: Message) -> None:

@@ -13,6 +13,7 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,8 @@ from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
-from rayscale.serve.engine import Engine, EngineSettings, T, Then
+from rayscale.serve.course import Begin, T, Then
+from rayscale.serve.engine import Engine, EngineSettings
 
 CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; gRPC refuses 4 MiB
 _STALE_S = 10.0  # a backlog that was told so long ago says nothing
@@ -216,10 +218,15 @@ class RemoteEngine:
         run_s = sum(timing.run_s for timing in timings)
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
 
-    async def run_then(self, digest: str, tiles: Sequence[U8], place: Place, then: Then[T], *, deadline: float) -> T:
-        """As `Engine.run_then`."""
-        timing = await self.run(digest, tiles, place, deadline=deadline)
-        return await asyncio.wrap_future(then(timing))
+    async def run_between(
+        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+    ) -> T | None:
+        """As `Engine.run_between`."""
+        loop = asyncio.get_running_loop()
+        if (tiled := await loop.run_in_executor(pool, begin)) is None:
+            return None
+        timing = await self.run(digest, tiled.tiles, tiled.place, deadline=deadline)
+        return await loop.run_in_executor(pool, then, timing)
 
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""

@@ -11,6 +11,7 @@ from rayscale.serve import deep
 from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
 from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
+from rayscale.serve.engine import Canvas
 from rayscale.serve.gateway import Gateway, Role
 from rayscale.serve.intake import Work, admit, burst, check_output, decode, decode_burst, prepare, single
 from rayscale.serve.methods import MASKED, filtered, merged
@@ -28,20 +29,29 @@ class Finish:
 
 async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, finish: Finish) -> Answer:
     """The answer of a model, and the headers that tell how it came about."""
-    deadline = gateway.deadline()
-    work, decode_s = await gateway.codec(prepare, gateway, body, release, role, deadline)
-    canvas = work.canvas
-    admit(gateway, release, work.plan, deadline)  # again: others were let in while it was decoded
-    about = {**gateway.about(release), "tiling": work.plan.tiling}
-    ending = _finish, gateway, work, finish, about
-    if isinstance(canvas, DeepCanvas):
-        timing = await deep.run(gateway, canvas, release.digest, work.spec.outputs[0].name, deadline)
-        answer, encode_s = await gateway.codec(*ending)
+    deadline, spans = gateway.deadline(), dict[str, float]()
+    begun: list[Work] = []
+
+    def begin() -> Canvas | None:
+        work = prepare(gateway, body, release, role, deadline)
+        admit(gateway, release, work.plan, deadline)  # again: others were let in while it was decoded
+        begun.append(work)
+        return work.canvas if isinstance(work.canvas, Canvas) else None
+
+    def end() -> Answer:
+        return _finish(gateway, begun[0], finish, {**gateway.about(release), "tiling": begun[0].plan.tiling})
+
+    made = await gateway.made(release.digest, begin, end, spans, deadline)
+    (work,) = begun
+    if made is not None:
+        answer = made
     else:
-        timing, answer, encode_s = await gateway.made(release.digest, canvas, deadline, *ending)
+        assert isinstance(work.canvas, DeepCanvas)
+        timing = await deep.run(gateway, work.canvas, release.digest, work.spec.outputs[0].name, deadline)
+        spans["queue"], spans["infer"] = timing
+        answer, spans["encode"] = await gateway.codec(end)
     gateway.meters.add("rayscale_tiles_total", len(work.plan.tiles), model=release.name)
-    gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
-    spans = {"decode": decode_s, "queue": timing.queue_s, "infer": timing.run_s, "encode": encode_s}
+    gateway.meters.add("rayscale_queue_seconds", spans["queue"], model=release.name)
     headers = {
         **answer.headers,
         **gateway.headers(release),
