@@ -85,7 +85,7 @@ def flowers_by_label_demo() -> Recipe:
         base,
         task=replace(base.task, objective="supcon"),
         data=replace(base.data, tensors=("hr", "label")),
-        run=replace(base.run, total_images=60_000),
+        run=replace(base.run, total_images=120_000),
         gate=replace(base.gate, min_gain_db_over_baseline=0.1),
     )
 

@@ -362,7 +362,8 @@ class Engine:
                 if not self._taken:  # who has the device looks for more at its end
                     self._wake.notify()
                 return False
-            batch = self._take()
+            if not (batch := self._take()):  # its deadline has passed
+                return True
         try:
             self._run(batch)
         finally:
@@ -413,8 +414,6 @@ class Engine:
         self._taken, self._busy_until = False, 0.0
 
     def _run(self, batch: list[Item]) -> None:
-        if not batch:  # its deadline had passed
-            return
         started, abort = time.monotonic(), Abort()
         self._running = batch, abort
         self._stop_if_idle()  # it was cancelled since it was taken
