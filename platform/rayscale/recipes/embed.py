@@ -1,10 +1,11 @@
-"""Recipes of the embedding: vectors by which like pictures find each other, learned without labels.
+"""Recipes of the embedding: vectors by which like pictures find each other, learned without labels or from them.
 
-Flowers in at most ten minutes on two cores, from photos packed as a dataset (their folders are labels for the score
-alone: precision among the 10 nearest):
+Flowers in at most ten minutes on two cores, from photos packed as a dataset (the first takes their folders for the
+score alone: precision among the 10 nearest):
 
     rayscale data pack flowers128 flowers
     python jobs/train.py --recipe rayscale.recipes.embed:flowers_demo --data flowers
+    python jobs/train.py --recipe rayscale.recipes.embed:flowers_by_label_demo --data flowers
 """
 
 from __future__ import annotations
@@ -50,10 +51,9 @@ def tiny() -> Recipe:
 def flowers_demo() -> Recipe:
     """32 px in a minute of one core, from a few thousand photos.
 
-    `fit` alone, flowers128, every tenth photo held out: precision among the 10 nearest 0.41 (chance 0.21, pixels
-    0.28, colour histograms 0.38). The best of ten settings tried on those photos, whose others lie between 0.27 and
-    0.38, so that it is no better than a histogram, and not by the 10 points one would want. Views of 4,000 small
-    photos teach what tells photos apart, light and background too; longer training and 64 px did not help.
+    flowers128, the 1,036 photos of its test split: precision among the 10 nearest 0.38, colour histograms 0.41 (chance
+    0.21). The best of ten settings is no better than a histogram: views of 4,000 small photos teach what tells photos
+    apart, light and background too; longer training and 64 px did not help. Labels do: `flowers_by_label_demo`.
     """
     return Recipe(
         task=Embed(
@@ -78,7 +78,11 @@ def flowers_demo() -> Recipe:
 
 
 def flowers_by_label_demo() -> Recipe:
-    """The same told by the folders which flowers are of one kind: what is alike is then what people call so."""
+    """The same, told by the folders which flowers are of one kind: what is alike is then what people call so.
+
+    Five minutes of one core: precision among the 10 nearest of held-out flowers 0.55, colour histograms 0.41. A copy of
+    a photo is found less often than without labels (0.53, 0.96): what tells flowers of a kind apart is not learned.
+    """
     base = flowers_demo()
     assert isinstance(base.task, Embed)
     return replace(
