@@ -33,7 +33,7 @@ stack-status: $(INSTALLED)  ## one line for each of its parts
 	@$(BIN)/python infra/local/stack status
 
 test: $(INSTALLED)  ## all tests but the long ones and those on the stack
-	$(BIN)/python -m pytest -m "not long and not stack" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long and not stack" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(INSTALLED)  ## the long ones only: the whole demo within its budgets, chaos
 	$(BIN)/python -m pytest -m "long and not stack" --timeout 1800

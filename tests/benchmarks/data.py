@@ -1,6 +1,6 @@
 """What Ray adds to the data work: CPU-ms a sample, bare and through Ray Data to the training iterator.
 
-python tests/benchmarks/data.py        # about twelve minutes on two cores; the last line is one JSON object
+python tests/benchmarks/data.py        # about ten minutes on two cores; the last line is one JSON object
 
 Every figure of Ray is a difference of two runs of unequal length, so that start-up is left out to the last process:
 CPU time of the driver and of all that it started. One data task at a time, as the bare loop is one process: two
@@ -45,7 +45,7 @@ from rayscale.data.sample import render_window
 from rayscale.data.scan import PackSettings
 from rayscale.imaging import decode_rgb
 
-ROUNDS = 5  # bare and through Ray in turns: the machine's pace changes by more than what Ray adds
+ROUNDS = 3  # bare and through Ray in turns: the machine's pace changes by more than what Ray adds
 BASE = DataSettings(
     hr_crop_px=128, degradation=(), micro_batch=64, virtual_shards=2, window_images=128, crops=1, flips=False
 )

@@ -372,6 +372,7 @@ def test_a_canary_that_fails_now_and_then_is_rolled_back_by_itself(served: Serve
     assert (entry.before, entry.to, entry.decision) == (bad.version, None, canary.ROLLED_BACK)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_serving_goes_on_without_the_rollout_and_follows_again(served: Served) -> None:
     import ray

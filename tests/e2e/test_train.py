@@ -162,6 +162,7 @@ def test_a_finished_run_says_so_and_an_edited_one_is_refused(
         run(dataset, storage, 2, "undisturbed", "task.features=9")
 
 
+@pytest.mark.long
 def test_a_diverging_run_ends_at_once_and_names_the_remedy(dataset: str, storage: Path) -> None:
     with pytest.raises(DivergedError, match=r"--rebase with a lower task\.optimizer\.learning_rate"):
         run(dataset, storage, 1, "diverged", "task.optimizer.learning_rate=1e30", "task.clip_norm=none")
