@@ -99,6 +99,7 @@ def run(how: str, dataset: str, storage: Path, *settings: str) -> dict[str, Any]
     (storage / "held.py").write_text(HELD)
     command = [sys.executable, "-c", PROGRAM, dataset, str(storage), how, *settings]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"HOLD": str(storage / "hold")}
+    env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # Ray first tries as many workers as before, for a minute
     env["PYTHONPATH"] = os.pathsep.join([str(storage), *filter(None, [env.get("PYTHONPATH")])])
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

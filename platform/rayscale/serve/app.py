@@ -2,7 +2,7 @@
 
 `Rollout`, one replica, reads the registry; `Gateway` answers HTTP, with an engine of its own (one tier: CPUs) or with
 those of the deployment `Engine` (two tiers: GPUs, which many gateways then fill and which scale by themselves).
-Decisions are made in `rollout.py`, `engine.py`, `remote.py` and `gateway.py`; this is their shell.
+Decisions are made in `rollout.py`, `engine.py`, `remote.py`, `lines.py` and `gateway.py`; this is their shell.
 """
 
 # No `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
@@ -10,12 +10,11 @@ import asyncio
 import functools
 import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import pydantic
 import ray
@@ -29,13 +28,14 @@ from rayscale import storage
 from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.observe import log, setup_logging
-from rayscale.serve import follower, keys, remote, rollout
+from rayscale.serve import follower, keys, lines, remote, rollout
 from rayscale.serve.api import create_app
 from rayscale.serve.engine import Engine, EngineSettings, Runner
 from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
 from rayscale.serve.gateway import Gateway, GatewaySettings
+from rayscale.serve.lines import Lines, Offer
 from rayscale.serve.meters import RayMeters
-from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
+from rayscale.serve.remote import LostError, RemoteEngine
 from rayscale.serve.rollout import Desired, Orders, Report
 from rayscale.serve.table import Table, read_table, write_table
 
@@ -46,7 +46,7 @@ SYNC_TIMEOUT_S = 5.0
 class EngineArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     """Where models run. How many engines there are is Serve's: `deployments:`, `name: Engine`."""
 
-    tiers: Literal["one", "two"] = "one"  # one: in the gateway; two: behind a handle
+    tiers: Literal["one", "two"] = "one"  # one: in the gateway; two: in replicas of their own
     max_batch: int = pydantic.Field(default=1, ge=1)  # tiles of one shape in one run; on CPUs more gains nothing
     memory_mb: int = pydantic.Field(default=0, ge=0)  # of loaded models in one engine; 0: all stay loaded
     window: int = pydantic.Field(default=4, ge=1)  # two tiers: chunks of one request in flight
@@ -219,7 +219,7 @@ def _grace_s(args: AppArgs) -> float:
 
 
 class EngineReplica:
-    """The second tier: an engine behind a handle. Ray Serve awaits its start, then sends it chunks."""
+    """The second tier. Ray Serve awaits an engine's start, then has it lend lines to gateways."""
 
     async def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:  # type: ignore[misc]
         setup_logging()
@@ -228,8 +228,8 @@ class EngineReplica:
         await self._follower.start(args.ready_wait_s, args.sync_s)
         self._task = asyncio.create_task(self._follower.follow(args.sync_s))
 
-    async def answer(self, chunk: Chunk) -> Reply:
-        return await remote.answer(self._engine, self._name, chunk)
+    async def lend(self, offer: Offer) -> None:
+        await lines.lend(offer, self._name, functools.partial(remote.answer, self._engine, self._name))
 
     async def wake(self) -> None:
         """Asked for where no engine runs, so that Serve starts one."""
@@ -239,30 +239,22 @@ class EngineReplica:
             self._task.result()
 
 
-class EngineLine:
-    """What carries chunks: a handle of the deployment `Engine`."""
+class EngineCalls:
+    """What a gateway asks of the deployment `Engine` by its handle."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        # Where Serve uses gRPC: plain pickle costs a fifth of cloudpickle, and our messages need no more.
-        pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
-        self._small = handle.options(method_name="answer", **pickled)
-        self._large = handle.options(method_name="answer", _by_reference=True)  # gRPC takes 4 MiB
         self._handle = handle
         self._waking: asyncio.Future[None] | None = None
 
-    async def carry(self, chunk: Chunk, large: bool) -> Reply:
-        """Raises: LostError when the replica died; what it raised."""
-        response = (self._large if large else self._small).remote(chunk)
+    async def lend(self, offer: Offer) -> None:
+        """One line, for as long as it lasts. Raises: LostError."""
         try:
-            return cast(Reply, await response)
-        except asyncio.CancelledError:
-            response.cancel()  # the engine drops what it has not run
-            raise
-        except RayTaskError:
-            raise
-        except Exception as error:  # by actor call, by gRPC, before or after it was sent: each has its own class
-            log.warning("an engine is lost: %s", str(error).partition("\n")[0])
-            raise LostError(_actor_id(error)) from error
+            await self._handle.lend.remote(offer)
+        except Exception as error:  # of a dead replica: by actor call, by gRPC, before or after: each has its own class
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            why = str(cause).partition("\n")[0]
+            log.warning("an engine's line is lost: %s", why)
+            raise LostError("", f"lent no line: {why}") from error
 
     def wake(self) -> None:
         if self._waking is None or self._waking.done():
@@ -275,11 +267,6 @@ class EngineLine:
             log.warning("no engine starts: %r", error)
 
 
-def _actor_id(error: BaseException) -> str:
-    """Which replica's death this tells of; what tells of none is a death of its own."""
-    return str(getattr(error, "actor_id", None) or uuid.uuid4().hex)
-
-
 class GatewayReplica:
     """One gateway, with its engine or with a line to those of the second tier."""
 
@@ -289,12 +276,14 @@ class GatewayReplica:
         setup_logging()
         self._args, meters = args, RayMeters()
         self._follower: Follower
+        self._lines: Lines | None = None
         engine: Runner
         if engine_handle is None:
             engine, self._follower = _engine(args, rollout_handle, meters)
         else:
-            line = EngineLine(engine_handle)
-            engine = RemoteEngine(args.engine(0), line.carry, line.wake, window=args.engines.window)
+            calls = EngineCalls(engine_handle)
+            self._lines = Lines(calls.lend)
+            engine = RemoteEngine(args.engine(0), self._lines.carry, calls.wake, window=args.engines.window)
             name = serve.get_replica_context().replica_id.unique_id
             self._follower = GatewayFollower(name, engine, _sync(rollout_handle), grace_s=_grace_s(args))
         self._gateway = Gateway(args.gateway(), engine, self._follower, meters)
@@ -306,11 +295,15 @@ class GatewayReplica:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Ray Serve sends requests to a replica once this has started."""
+        if self._lines is not None:
+            await self._lines.start(ray.util.get_node_ip_address())
         await self._follower.start(self._args.ready_wait_s, self._args.sync_s)
         self._task = asyncio.create_task(self._follower.follow(self._args.sync_s))
         yield
         self._task.cancel()
         self._gateway.close()
+        if self._lines is not None:
+            self._lines.close()
 
     async def check_health(self) -> None:
         if self._task is not None and self._task.done():

@@ -1,14 +1,13 @@
 """Engines elsewhere: a request's tiles leave in chunks, come back by key, and a dead engine's chunk is asked again.
 
-Both ends of the line are here and neither knows what carries a chunk: `app.py` gives them Ray Serve's handle. The work
-is pure, so asking twice is safe; what is asked again is bounded by the deadline and by a budget for all requests.
+Both ends are here and neither knows what carries a chunk (`lines.py` does). The work is pure, so asking twice is safe;
+what is asked again is bounded by the deadline and by a budget for all requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import random
 import time
 import uuid
@@ -26,7 +25,7 @@ from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_
 from rayscale.serve.course import Begin, T, Then
 from rayscale.serve.engine import Engine, EngineSettings
 
-CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; gRPC refuses 4 MiB
+CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; a larger tile goes alone
 _STALE_S = 10.0  # a backlog that was told so long ago says nothing
 _INLINE_BYTES = 1 << 20  # larger results are copied to their place in a thread
 
@@ -57,15 +56,15 @@ class Reply:
 
 
 class LostError(Exception):
-    """The engine that was asked is gone, and with it the chunk; `engine` tells one from another."""
+    """The chunk is lost: with the engine that had it ("": none had it yet), or for want of one."""
 
-    def __init__(self, engine: str) -> None:
-        super().__init__(engine)
-        self.engine = engine
+    def __init__(self, engine: str, why: str = "died") -> None:
+        super().__init__(f"{engine or 'an engine'} {why}")
+        self.engine, self.why = engine, why
 
 
-Carry = Callable[[Chunk, bool], Awaitable[Reply]]
-"""(chunk, whether its answer is larger than CHUNK_BYTES) -> reply. Raises: LostError."""
+Carry = Callable[[Chunk], Awaitable[Reply]]
+"""Raises: LostError."""
 
 
 async def answer(engine: Engine, name: str, chunk: Chunk) -> Reply:
@@ -206,7 +205,7 @@ class RemoteEngine:
             start = starts[index]
             body = np.stack(tiles[start : start + count])
             chunk = Chunk(request=request, index=index, digest=digest, left_s=0.0, body=body)
-            reply = await self._ask(chunk, deadline, tile_bytes > CHUNK_BYTES)
+            reply = await self._ask(chunk, deadline)
             self._waiting_s[request] -= tile_s * len(body)
             assert isinstance(reply.body, np.ndarray)
             await _place(reply.body, start, place)
@@ -233,13 +232,12 @@ class RemoteEngine:
     ) -> tuple[dict[str, F32], Timing]:
         """As `Engine.call`. Raises: as it, and when two engines died of it."""
         known = self.session(digest)
-        sizes = artifact.bind(known.card, {name: value.shape for name, value in inputs.items()})
+        artifact.bind(known.card, {name: value.shape for name, value in inputs.items()})  # raises for what does not fit
         chunk = Chunk(
             request=owner or uuid.uuid4().hex, index=next(self._calls), digest=digest, left_s=0.0, body=dict(inputs)
         )
-        large = max(sum(value.nbytes for value in inputs.values()), _output_bytes(known, sizes)) > CHUNK_BYTES
         with self._waiting(chunk.index, known.seconds_per_unit * units(known.card.spec, inputs)):
-            reply = await self._ask(chunk, deadline, large)
+            reply = await self._ask(chunk, deadline)
         assert isinstance(reply.body, Mapping)
         return dict(reply.body), reply.timing
 
@@ -251,7 +249,7 @@ class RemoteEngine:
         finally:
             del self._waiting_s[key]
 
-    async def _ask(self, chunk: Chunk, deadline: float, large: bool) -> Reply:
+    async def _ask(self, chunk: Chunk, deadline: float) -> Reply:
         """One chunk, asked again where an engine died of it or had to decline. Raises: RayscaleError."""
         dead: set[str] = set()
         for attempt in itertools.count():
@@ -261,17 +259,18 @@ class RemoteEngine:
                 raise too_late()
             try:
                 async with asyncio.timeout(left_s):
-                    reply = await self._carry(replace(chunk, left_s=left_s), large)
+                    reply = await self._carry(replace(chunk, left_s=left_s))
             except TimeoutError:
                 raise too_late() from None
             except LostError as lost:
-                dead.add(lost.engine)
+                if lost.engine:
+                    dead.add(lost.engine)
                 if len(dead) == 2:
                     log.error("model %s: two engines died of the same chunk", chunk.digest)
                     self._crashed[chunk.digest] = self._crashed.get(chunk.digest, 0) + 1
                     rule = "two engines died of a part of this request"
                     raise UnavailableError("engine", ", ".join(sorted(dead)), rule, "send another picture") from None
-                error: RayscaleError = UnavailableError("engine", lost.engine, "died", "try again")
+                error: RayscaleError = UnavailableError("engine", lost.engine or "none", lost.why, "try again")
             else:
                 self._backlogs[reply.engine] = reply.backlog_s, time.monotonic()
                 if not isinstance(reply.body, RayscaleError):
@@ -326,12 +325,3 @@ async def _place(results: U8, start: int, place: Place) -> None:
         copy()
     else:
         await asyncio.to_thread(copy)
-
-
-def _output_bytes(known: Known, sizes: Mapping[str, int]) -> int:
-    """Of a call's outputs, float32."""
-    total = 0
-    for tensor in known.card.spec.outputs:
-        axes = [artifact.axis_of(axis) for axis in tensor.shape]
-        total += 4 * math.prod(factor * sizes.get(name, 1) for factor, name in axes)
-    return total

@@ -1,0 +1,298 @@
+"""Lines to engines elsewhere: connections on which chunks go, each lent by one engine for a second at a time.
+
+A call of Ray Serve's handle costs 2 to 4 ms of CPU, so it carries no chunk: it lends a line. Serve chooses the engine,
+as for any call, and the engine connects to the gateway that asked. The call lasts as long as the line, and a line has
+one chunk at a time, so what Serve counts for scaling and draining are chunks under way. Neither end knows Ray:
+`app.py` gives the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import secrets
+import struct
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+from rayscale.errors import UnavailableError
+from rayscale.observe import log
+from rayscale.serve.remote import Chunk, LostError, Reply
+
+TERM_S = 1.0  # a line takes no chunk after this: draining engines wait no longer, new ones get their share
+IDLE_S = 0.25  # a line that nobody used for so long ends
+CONNECT_S = 5.0
+_TOKEN_BYTES = 16
+_LENGTH = struct.Struct("!I")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Where a gateway takes lines, and the secret that opens one."""
+
+    host: str
+    port: int
+    token: bytes
+
+
+Answer = Callable[[Chunk], Awaitable[Reply]]
+Lend = Callable[[Offer], Awaitable[None]]
+"""Have some engine run `lend(offer, ...)`, until that ends. Raises: LostError."""
+
+
+class _Frames(asyncio.BufferedProtocol):
+    """Messages with their length before them, received in place: a large one is copied once, by the kernel."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._expect(_LENGTH.size)
+        self._in_body = False
+
+    def _expect(self, size: int) -> None:
+        self._buffer, self._filled = bytearray(size), 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._buffer)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        if self._filled < len(self._buffer):
+            return
+        message, self._in_body = self._buffer, not self._in_body
+        self._expect(_LENGTH.unpack(message)[0] if self._in_body else _LENGTH.size)
+        if not self._in_body:
+            self.received(message)
+
+    def send(self, message: bytes) -> None:
+        self.transport.writelines((_LENGTH.pack(len(message)), message))
+
+    def received(self, message: bytearray) -> None:
+        raise NotImplementedError
+
+
+class _Line(_Frames):
+    """A gateway's end."""
+
+    engine = ""  # who lent it; "" until that is known
+
+    def __init__(self, lines: Lines) -> None:
+        super().__init__()
+        self._lines = lines
+        self._reply: asyncio.Future[Reply] | None = None
+        self.opened = self.used = time.monotonic()
+
+    def _expect(self, size: int) -> None:
+        if not self.engine and size > 1024:  # of a stranger: no memory
+            self.transport.abort()
+            size = 1
+        super()._expect(size)
+
+    def received(self, message: bytearray) -> None:
+        if not self.engine:  # nothing is unpickled for a stranger
+            self._lines.opened(self, bytes(message[:_TOKEN_BYTES]), message[_TOKEN_BYTES:].decode(errors="replace"))
+        elif self._reply is not None and not self._reply.done():
+            reply = pickle.loads(message)
+            if isinstance(reply, Reply):
+                self._reply.set_result(reply)
+            else:
+                self._reply.set_exception(reply)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(LostError(self.engine))
+        self._lines.ended(self)
+
+    @property
+    def open(self) -> bool:
+        return not self.transport.is_closing()
+
+    async def ask(self, chunk: Chunk) -> Reply:
+        """Cancelling it ends the line, and so what the engine does for it."""
+        if not self.open:
+            raise LostError("", "ended its line")
+        self._reply = asyncio.get_running_loop().create_future()
+        try:
+            self.send(pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))
+            return await self._reply
+        except asyncio.CancelledError:
+            self.transport.abort()
+            raise
+        finally:
+            self._reply, self.used = None, time.monotonic()
+
+
+class Lines:
+    """A gateway's lines. Of one event loop; `start` before the first chunk."""
+
+    def __init__(self, lend: Lend) -> None:
+        self._lend = lend
+        self._server: asyncio.Server | None = None
+        self._idle: list[_Line] = []
+        self._busy: Counter[str] = Counter()  # engine -> chunks under way
+        self._waiting: deque[asyncio.Future[_Line]] = deque()
+        self._offered: dict[bytes, _Line | None] = {}  # token -> its line, from the offer to the call's end
+        self._calls: set[asyncio.Task[None]] = set()
+        self._sweeping = False
+
+    async def start(self, host: str) -> None:
+        """Listen on an address of this machine that engines can reach. Raises: OSError."""
+        self._server = await asyncio.get_running_loop().create_server(lambda: _Line(self), host, 0)
+        self._host, self._port = self._server.sockets[0].getsockname()[:2]
+
+    async def carry(self, chunk: Chunk) -> Reply:
+        """Raises: LostError; RuntimeError for what is nobody's fault but the engine's."""
+        line = await self._take()
+        self._busy[line.engine] += 1
+        reply = None
+        try:
+            reply = await line.ask(chunk)
+            return reply
+        finally:
+            self._busy[line.engine] -= 1
+            declined = reply is None or isinstance(reply.body, UnavailableError)  # the next may fare better elsewhere
+            if declined or line.used - line.opened > TERM_S:
+                line.transport.close()
+            self._free(line)
+
+    async def _take(self) -> _Line:
+        """A line of the engine that does least for us, or the next that is free or lent."""
+        self._idle = [line for line in self._idle if line.open]
+        if self._idle:
+            line = min(reversed(self._idle), key=lambda line: self._busy[line.engine])
+            self._idle.remove(line)
+            return line
+        future: asyncio.Future[_Line] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        if sum(line is None for line in self._offered.values()) < len(self._waiting):
+            call = asyncio.ensure_future(self._borrow(Offer(self._host, self._port, secrets.token_bytes(_TOKEN_BYTES))))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with suppress(ValueError):
+                self._waiting.remove(future)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._free(future.result())
+            raise
+
+    async def _borrow(self, offer: Offer) -> None:
+        """One call, as long as its line lasts; whoever waits is told of one that brought none."""
+        self._offered[offer.token] = None
+        error: Exception = LostError("", "lent no line")
+        try:
+            await self._lend(offer)
+        except Exception as caught:
+            error = caught
+        line = self._offered.pop(offer.token)
+        if line is not None:
+            line.transport.abort()  # also of an engine that died without a word
+            return
+        if (future := self._next()) is not None:
+            future.set_exception(error)
+        else:
+            log.warning("an engine lent no line: %s", error)
+
+    def opened(self, line: _Line, token: bytes, engine: str) -> None:
+        if token not in self._offered or self._offered[token] is not None:
+            log.warning("a connection without a valid token was closed")
+            line.transport.abort()
+            return
+        self._offered[token], line.engine = line, engine
+        self._free(line)
+
+    def ended(self, line: _Line) -> None:
+        if line in self._idle:
+            self._idle.remove(line)
+
+    def _next(self) -> asyncio.Future[_Line] | None:
+        while self._waiting:
+            if not (future := self._waiting.popleft()).done():
+                return future
+        return None
+
+    def _free(self, line: _Line) -> None:
+        if not line.open:
+            return
+        if (future := self._next()) is not None:
+            future.set_result(line)
+            return
+        self._idle.append(line)
+        if not self._sweeping:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """End what is idle for long, as long as there is any."""
+        now = time.monotonic()
+        for line in self._idle:
+            if now - line.used > IDLE_S or now - line.opened > TERM_S:
+                line.transport.close()
+        self._idle = [line for line in self._idle if line.open]
+        self._sweeping = bool(self._idle)
+        if self._sweeping:
+            asyncio.get_running_loop().call_later(IDLE_S / 2, self._sweep)
+
+    def close(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        for line in [*self._offered.values(), *self._idle]:
+            if line is not None:
+                line.transport.abort()
+        if self._server is not None:
+            self._server.close()
+
+
+class _Lent(_Frames):
+    """An engine's end."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+        self._task: asyncio.Task[None] | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def received(self, message: bytearray) -> None:
+        self._task = asyncio.ensure_future(self._reply(pickle.loads(message)))
+
+    async def _reply(self, chunk: Chunk) -> None:
+        result: Any
+        try:
+            result = await self._answer(chunk)
+        except Exception as error:
+            log.exception("a chunk failed")
+            result = RuntimeError(f"{type(error).__name__}: {error}")  # any error: not all can be pickled
+        self.send(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+async def lend(offer: Offer, name: str, answer: Answer) -> None:
+    """Connect to the gateway that asked, and answer its chunks until it ends the line.
+
+    Raises: UnavailableError where the gateway cannot be reached.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            transport, line = await loop.create_connection(lambda: _Lent(answer), offer.host, offer.port)
+    except (OSError, TimeoutError) as error:
+        rule = f"an engine cannot connect to it ({error or 'timed out'})"
+        remedy = "let the cluster's nodes connect to each other on all ports"
+        raise UnavailableError("gateway", f"{offer.host}:{offer.port}", rule, remedy) from None
+    try:
+        line.send(offer.token + name.encode())
+        await line.ended
+    finally:
+        transport.abort()
