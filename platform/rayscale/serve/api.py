@@ -13,6 +13,7 @@ from rayscale import __version__
 from rayscale.serve import pages, playground, problems, routes_models, routes_pictures, routes_vectors
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.keys import Guard
+from rayscale.serve.lean import Lane
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -22,13 +23,14 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
     app = FastAPIOffline(  # its pages load nothing from elsewhere
         title="Rayscale", version=__version__, description=pages.DESCRIPTION, redoc_url=None, lifespan=lifespan
     )
-    keys = gateway.settings.keys
+    keys, routers = gateway.settings.keys, [r.routes(gateway) for r in (routes_pictures, routes_vectors, routes_models)]
+    app.add_middleware(Lane, routers=routers, owner=app)
     if keys:
         app.add_middleware(Guard, keys=keys)  # within what follows: a refusal is a problem, and counted
     problems.install(app, gateway.meters, behind_ray=behind_ray)
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page: the guard has looked already
-    for routes in (routes_pictures, routes_vectors, routes_models):
-        app.include_router(routes.routes(gateway), dependencies=locked)
+    for router in routers:
+        app.include_router(router, dependencies=locked)
     playground.install(app)
 
     @app.get("/livez", tags=["health"], summary="The process answers", response_class=Response)

@@ -1,15 +1,18 @@
-"""Routes that FastAPI documents and does not run: to find out what an endpoint takes costs it 0.1 ms a request."""
+"""Routes that FastAPI documents and does not run: to find one and what its endpoint takes costs it 0.2 ms a request."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import pydantic
-from fastapi import Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class LeanRoute(APIRoute):
@@ -18,7 +21,9 @@ class LeanRoute(APIRoute):
     Its router's dependencies are for the page alone: they are not run. Endpoints without `query` run as ever.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    handler: Handler | None = None  # where it is lean
+
+    def get_route_handler(self) -> Handler:
         endpoint, hints = self.endpoint, typing.get_type_hints(self.endpoint)
         if "query" not in hints:
             return super().get_route_handler()
@@ -30,7 +35,35 @@ class LeanRoute(APIRoute):
             answer: Response = await endpoint(request, query, request.headers.get("accept", "*/*"))
             return answer
 
+        self.handler = handle
         return handle
+
+
+class Lane:
+    """ASGI middleware, the innermost: the lean routes of these routers by one look at a table."""
+
+    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter], owner: FastAPI) -> None:
+        self.app, self._errors = app, owner.exception_handlers
+        self._routes: dict[tuple[str, str], tuple[APIRoute, Handler]] = {}
+        for route in (route for router in routers for route in router.routes):
+            if isinstance(route, LeanRoute) and route.handler is not None:
+                self._routes |= {(method, route.path): (route, route.handler) for method in route.methods or ()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if found is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"], handle = found
+        request = Request(scope, receive, send)
+        try:
+            response = await handle(request)
+        except Exception as error:
+            told = next((self._errors[kind] for kind in type(error).__mro__ if kind in self._errors), None)
+            if told is None:
+                raise
+            response = told(request, error)  # type: ignore[assignment]
+        await response(scope, receive, send)
 
 
 def _read(query_type: type[pydantic.BaseModel], request: Request) -> pydantic.BaseModel:
