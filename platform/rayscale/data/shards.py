@@ -22,7 +22,7 @@ from rayscale.observe import log
 from rayscale.storage import Store, join, open_store
 
 GAP_BYTES = 64 << 10  # neighbours no further apart are read together
-# The same where the store is remote: a request takes as much CPU as some MiB of body, and 20 to 60 ms.
+# The same where the store is remote: a request takes as much CPU as a MiB of body, and 20 to 60 ms.
 GAP_REMOTE_BYTES = 512 << 10
 RUN_BYTES = 8 << 20  # one read is at most this long, unless it holds one photo
 READERS = 16  # range reads at once, where the store is remote
