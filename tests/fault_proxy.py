@@ -15,7 +15,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-KINDS = (
+KINDS = (  # and, by a script alone, "chunks": a good answer whose length is not told before
     "503",  # SlowDown, and nothing was done
     "reset",  # the connection, and nothing was done
     "lost",  # the request is done, the connection ends without an answer
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         reply = upstream.getresponse()
         data = reply.read()
         upstream.close()
-        return reply.status, dict(reply.getheaders()), data
+        return reply.status, {k: v for k, v in reply.getheaders() if k.lower() != "transfer-encoding"}, data
 
     def damage(self, kind: str, luck: random.Random, status: int, headers: dict[str, str], data: bytes) -> None:
         if kind == "lost":
@@ -103,14 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
             data = luck.randbytes(len(data))
             headers = {name: value for name, value in headers.items() if "checksum" not in name.lower()}
             headers["ETag"] = f'"{luck.randbytes(16).hex()}"'
+        if kind == "chunks":
+            data, headers = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data), {**headers, "Transfer-Encoding": "chunked"}
         self.answer(status, headers, data, cut=kind == "cut", pieces=4 if kind == "slow" else 1)
 
     def answer(self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False, pieces: int = 1) -> None:
         self.send_response(status)
         for name, value in headers.items():
-            if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+            if name.lower() not in ("content-length", "connection", "date", "server"):
                 self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if "Transfer-Encoding" not in headers:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         sent = data[: len(data) // 2] if cut else data
         size = -(-len(sent) // pieces) or 1

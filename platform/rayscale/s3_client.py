@@ -9,14 +9,16 @@ import os
 import re
 import ssl
 import threading
+import time
 from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from rayscale.errors import ConfigError
+from rayscale.observe import log
+from rayscale.s3_wire import TIMEOUTS_S, Answer, Connections, UnusualError, sign
 
-TIMEOUTS_S = (10.0, 60.0)  # to connect; between two packets
 CONNECTIONS = 32  # of boto3's own pool
 
 
@@ -25,62 +27,11 @@ def endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-class Answer(NamedTuple):
-    status: int  # 200, 206, 412 or 416
-    headers: Mapping[str, str]
-    data: bytes
-
-    @property
-    def etag(self) -> str:
-        return self.headers.get("etag", "").strip('"')
-
-
-class _Connections:
-    """Connections to one host that stay open. Thread-safe: who takes one has it alone."""
-
-    def __init__(self, host: str, tls: ssl.SSLContext | None) -> None:
-        self._host, self._tls = host, tls
-        self._idle: list[HTTPConnection] = []
-
-    def get(self, path: str, headers: Mapping[str, str]) -> Answer:
-        """Raises: OSError, HTTPException."""
-        while True:
-            try:
-                connection, kept = self._idle.pop(), True
-            except IndexError:
-                connection, kept = self._open(), False
-            try:
-                connection.request("GET", path, headers=headers)
-                reply = connection.getresponse()
-                answer = Answer(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
-            except (OSError, HTTPException) as error:
-                connection.close()
-                if kept and isinstance(error, ConnectionError):  # a server closes what was idle for long
-                    continue
-                raise
-            if reply.will_close:
-                connection.close()
-            else:
-                self._idle.append(connection)
-            return answer
-
-    def _open(self) -> HTTPConnection:
-        connect_s, read_s = TIMEOUTS_S
-        if self._tls is None:
-            connection = HTTPConnection(self._host, timeout=connect_s)
-        else:
-            connection = HTTPSConnection(self._host, timeout=connect_s, context=self._tls)
-        connection.connect()
-        connection.sock.settimeout(read_s)
-        return connection
-
-
 class _Address(NamedTuple):
     """Where boto3 sent a GET of a bucket, and for which region it signed it."""
 
-    connections: _Connections
-    base: str  # URL before the key
-    path: str  # the same, without the host
+    connections: Connections
+    path: str  # before the key
     region: str
     agent: str
 
@@ -89,7 +40,7 @@ class Gets:
     """A client, and its GETs without the 1 ms of CPU that boto3 spends around each.
 
     boto3 sends the first of a bucket, and finds address, region and credentials. Those of parts of objects are then the
-    same request for another key, signed by botocore. What has no plain answer is asked again through boto3.
+    same request for another key. What has no plain answer is asked again through boto3.
     """
 
     def __init__(self, s3: Any, session: Any) -> None:
@@ -107,24 +58,28 @@ class Gets:
         """Raises: what botocore raises."""
         address = self._addresses.get(bucket)
         if address is not None and "Range" in headers:  # a whole object has a checksum, which boto3 looks at
-            answer = self._repeat(address, key, headers)
-            if answer.status in (200, 206, 412, 416):
-                return answer
+            try:
+                answer = self._repeat(address, key, headers)
+            except UnusualError as error:  # and so would be the next
+                log.warning("s3://%s/%s: %s: boto3 reads this bucket from here on", bucket, key, error)
+                self._addresses[bucket] = None
+            else:
+                if answer.status in (200, 206, 412, 416):
+                    return answer
         answer = self._ask(bucket, key, headers)
         if bucket not in self._addresses and answer.status in (200, 206):
             self._addresses[bucket] = self._learn(quote(key, safe="/~"))
         return answer
 
     def _repeat(self, address: _Address, key: str, headers: Mapping[str, str]) -> Answer:
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
         from botocore.exceptions import ResponseStreamingError
 
-        name = quote(key, safe="/~")
-        request = AWSRequest("GET", address.base + name, headers={**headers, "User-Agent": address.agent})
-        S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", address.region).add_auth(request)
+        path, host = address.path + quote(key, safe="/~"), address.connections.host
+        credentials, now = self._credentials.get_frozen_credentials(), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        sent = sign(host, path, headers, credentials, address.region, now)
+        sent |= {"user-agent": address.agent, "accept-encoding": "identity"}
         try:
-            answer = address.connections.get(address.path + name, dict(request.headers))
+            answer = address.connections.get(path, sent)
         except (OSError, HTTPException) as error:
             raise ResponseStreamingError(error=error) from None
         if answer.status >= 500:  # boto3 would send it thrice more
@@ -157,10 +112,10 @@ class Gets:
         signed = re.match(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d+/([^/]+)/s3/aws4_request", signature)
         if not signed or not url.endswith(f"/{name}") or get_environ_proxies(url):
             return None
-        base = url.removesuffix(name)
-        scheme, _, host, path = base.split("/", 3)
+        scheme, _, host, path = url.removesuffix(name).split("/", 3)
         tls = ssl.create_default_context(cafile=get_cert_path(self._authorities)) if scheme == "https:" else None
-        return _Address(_Connections(host, tls), base, f"/{path}", signed[1], _header(request, "User-Agent"))
+        host = host.removesuffix(":443" if tls else ":80")
+        return _Address(Connections(host, tls), f"/{path}", signed[1], _header(request, "User-Agent"))
 
 
 def _header(request: Any, name: str) -> str:

@@ -21,7 +21,8 @@ from rayscale.errors import (
     UnavailableError,
 )
 from rayscale.observe import log
-from rayscale.s3_client import Answer, Gets, check_object, client, endpoint, gets
+from rayscale.s3_client import Gets, check_object, client, endpoint, gets
+from rayscale.s3_wire import Answer
 from rayscale.storage import Entry, Got, Store, join, os_errors, overwritten, whole
 
 T = TypeVar("T")

@@ -304,7 +304,7 @@ def test_ranged_reads_repeat_what_boto3_sent_with_credentials_that_may_change(s3
     assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"
     path, headers = sent[0]
     assert path == "/photos/set/with%20space/%C3%BCn%C3%AF%2B~.jpg"
-    signed = headers["Authorization"]
+    signed = headers["authorization"]
     assert "/us-east-1/s3/aws4_request, SignedHeaders=host;range;x-amz-content-sha256;x-amz-date" in signed
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of a role")
     assert store.read("with space/ünï+~.jpg", start=3, length=2) == b"\3\4"  # other settings, another client
@@ -320,17 +320,32 @@ def test_connections_stay_open_and_those_that_a_server_closed_are_opened_anew(fa
     for _ in range(4):
         assert store.read("x", start=1, length=2) == b"23"
     connections = storage_s3.gets()._addresses["photos"].connections
-    (kept,) = connections._idle
+    (kept,) = connections.idle
     assert store.read("x", start=1, length=2) == b"23"
-    assert connections._idle == [kept]
+    assert connections.idle == [kept]
     kept.sock.shutdown(socket.SHUT_RDWR)
     faults.script += ["", "slow"]  # no try of ours is counted
     assert store.read("x", start=1, length=2) == b"23"
-    assert connections._idle != [kept]
+    assert connections.idle != [kept]
     assert len(faults.script) == 1
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: store.read("x", start=1, length=2), range(40))) == {b"23"}
-    assert len(connections._idle) <= 8
+    assert len(connections.idle) <= 8
+
+
+def test_an_answer_in_chunks_is_left_to_boto3(faults, s3, caplog):
+    store = open_store(s3)
+    store.write("x", b"1234")
+    assert store.read("x", start=1, length=2) == b"23"
+    learnt = storage_s3.gets()._addresses
+    assert learnt["photos"] is not None
+    faults.script += ["chunks", "chunks"]
+    assert [store.read("x", start=1, length=2) for _ in range(3)] == [b"23"] * 3
+    assert learnt == {"photos": None}
+    assert faults.seen[-4:] == ["GET chunks", "GET chunks", "GET", "GET"]
+    assert [r.getMessage() for r in caplog.records if r.name == "rayscale"] == [
+        "s3://photos/set/x: a body of unknown length: boto3 reads this bucket from here on"
+    ]
 
 
 def test_a_server_with_tls_is_known_by_the_authorities_that_boto3_trusts(s3, moto, tmp_path, monkeypatch):

@@ -110,14 +110,15 @@ def test_reads_are_coalesced_within_their_bounds():
     shard = np.zeros(6, np.int32)
     rows = np.array([5, 0, 1, 3])
 
-    def plan(rows=rows, shard=shard, offset=offset, size=size) -> list[list[int]]:
-        return list(plan_reads(np.asarray(rows, np.int64), shard, offset, size))
+    def plan(rows=rows, shard=shard, offset=offset, size=size, **gap) -> list[list[int]]:
+        return list(plan_reads(np.asarray(rows, np.int64), shard, offset, size, **gap))
 
     assert plan() == [[0, 1], [3], [5]]  # a gap of one MiB is not worth reading
     assert plan(range(6)) == [[0, 1, 2, 3, 4, 5]]
     assert plan(range(6), shard=np.array([0, 0, 1, 1, 0, 0])) == [[0, 1], [4, 5], [2, 3]]
     assert plan([0, 1], offset=offset + np.array([0, 64 << 10, 0, 0, 0, 0])) == [[0, 1]]
     assert plan([0, 1], offset=offset + np.array([0, (64 << 10) + 1, 0, 0, 0, 0])) == [[0], [1]]
+    assert plan([0, 1], offset=offset + np.array([0, 512 << 10, 0, 0, 0, 0]), gap_bytes=512 << 10) == [[0, 1]]
     assert plan(range(6), offset=offset * 3, size=size * 3) == [[0, 1], [2, 3], [4, 5]]  # at most 8 MiB
     assert plan([0, 1], offset=offset * 20, size=size * 20) == [[0], [1]]  # a larger photo is read alone
     assert plan([]) == []
