@@ -176,7 +176,8 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
                 size += len(chunk)
                 if size > max_bytes:
                     raise _too_long(size, max_bytes)
-                chunks.append(chunk)
+                if chunk:  # the last is empty: with it, one chunk would be copied
+                    chunks.append(chunk)
     except TimeoutError:
         rule = f"the body did not arrive within {timeout_s:.0f} s"
         raise HTTPException(408, f"body: {rule}; send a smaller file") from None
