@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,13 +158,13 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module", params=["local", pytest.param("staging", marks=pytest.mark.long)])
 def served(
-    request: pytest.FixtureRequest, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, ray_cluster: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """A shipped config with a port, a registry and folders of its own, started by Ray's own command."""
     from ray import serve
 
     folder = tmp_path_factory.mktemp("serve")
-    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    tracking_uri = f"sqlite:///{shutil.copy(mlflow_template, folder)}"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
