@@ -18,6 +18,10 @@ import pytest
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # its ends and deaths are seen 2 s later otherwise
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny nets on cores that others work on: more threads wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CPU figures are promised to the bit; GPU checks ask for theirs
 
 
@@ -31,6 +35,16 @@ def rayscale_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield home
     for key, value in old.items():
         os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database to be copied: making its schema takes seconds."""
+    from rayscale.tracking import connect
+
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{database}").search_experiments()
+    return database
 
 
 @pytest.fixture(scope="session")

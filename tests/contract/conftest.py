@@ -1,4 +1,4 @@
-"""An MLflow database of one's own for each test. Making its schema takes seconds, so it is made once and copied."""
+"""An MLflow database of one's own for each test."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rayscale.tracking import connect
-
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{database}").search_experiments()
-    return database
 
 
 @pytest.fixture

@@ -301,8 +301,11 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def line(dataset: str, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Line:
-    return Line(tmp_path_factory.mktemp("line"), dataset, ray_cluster)
+def line(dataset: str, ray_cluster: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    found = Line(tmp_path_factory.mktemp("line"), dataset, ray_cluster)
+    found.home.mkdir()
+    shutil.copy(mlflow_template, found.home)
+    return found
 
 
 class Trained(NamedTuple):

@@ -40,12 +40,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+ONLY_IN_TESTS = (
+    "RAYSCALE_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "OMP_NUM_THREADS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder it wrote, and the JSON object of its last line."""
     out = tmp_path_factory.mktemp("demo") / "out"
     command = [sys.executable, "infra/local/demo.py", "--out", str(out), "--port", str(free_port())]
-    env = {k: v for k, v in os.environ.items() if k not in ("RAYSCALE_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    env = {k: v for k, v in os.environ.items() if k not in ONLY_IN_TESTS}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, json.loads(done.stdout.splitlines()[-1])

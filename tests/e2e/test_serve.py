@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from PIL import Image
 
 from rayscale.errors import ConfigError
 from rayscale.registry import canary
-from rayscale.registry.journal import Journal
+from rayscale.registry.journal import PROMOTE, Journal
 from rayscale.registry.models import Registry, Version
 
 ROOT = Path(__file__).parents[2]
@@ -157,13 +158,13 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module", params=["local", pytest.param("staging", marks=pytest.mark.long)])
 def served(
-    request: pytest.FixtureRequest, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, ray_cluster: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """A shipped config with a port, a registry and folders of its own, started by Ray's own command."""
     from ray import serve
 
     folder = tmp_path_factory.mktemp("serve")
-    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    tracking_uri = f"sqlite:///{shutil.copy(mlflow_template, folder)}"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -320,6 +321,51 @@ def test_a_corrupt_artifact_is_refused_while_the_old_version_serves(served: Serv
     served.promote(served.versions[0])  # the way out: move the alias on
     served.wait_for(served.versions[0].digest)
     until(lambda: held() == "")
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["local"], indirect=True)
+def test_an_alias_that_was_moved_past_the_gate_is_reported_and_not_followed(served: Served) -> None:
+    """Two applications of one registry: the one with require_gate stays, the other one, the control, follows."""
+    from ray import serve
+
+    from rayscale.serve.app import AppArgs, build
+
+    gated, by_hand = served.versions
+    served.promote(by_hand)  # `move` is told where the alias stood
+    book = Journal(served.registry, "photos")
+    book.move("champion", gated, before=by_hand.version, decision=PROMOTE)
+    args = served.config["applications"][0]["args"] | {"state_uri": str(served.folder / "strict"), "require_gate": True}
+    url = f"{served.url}/strict"
+
+    def digest() -> str | None:
+        return httpx.post(f"{url}/v1/upscale", content=png(photo(16, 16)), timeout=30).headers.get("x-rayscale-digest")
+
+    def held(page: str) -> str:
+        found: dict[str, str] = httpx.get(url + page).json()["held"]
+        return found.get("photos@champion", "")
+
+    try:
+        serve.run(build(AppArgs.model_validate(args)), name="strict", route_prefix="/strict")
+        until(lambda: digest() == gated.digest)
+        assert held("/v1/models") == ""
+        served.promote(by_hand)  # in MLflow, as anybody may
+        served.wait_for(by_hand.digest)
+        until(lambda: held("/v1/models") != "")  # it has seen the move
+        assert (
+            held("/v1/models/photos")
+            == held("/v1/models")
+            == (f"{by_hand} passed no gate, and require_gate is set; `rayscale promote {by_hand} --alias champion`")
+        )
+        for _ in range(5):
+            assert digest() == gated.digest
+        _, stands = book.heal("champion")
+        book.move("champion", by_hand, before=stands, decision=PROMOTE)  # the way out: it passes the gate
+        until(lambda: digest() == by_hand.digest)
+        until(lambda: held("/v1/models") == "")
+    finally:
+        serve.delete("strict")
 
 
 @pytest.mark.ray
