@@ -25,6 +25,7 @@ from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
 from rayscale.serve.table import Release, Table, draw, route_of
+from rayscale.serve.threads import Threads
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
-        self._codecs = ThreadPoolExecutor(settings.codec_threads, thread_name_prefix="codec")
+        self._codecs = Threads(settings.codec_threads, "codec")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._waiting = 0
         self._admission = Admission(settings.timeout_s)

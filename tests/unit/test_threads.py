@@ -1,0 +1,116 @@
+"""The pool of threads: order, errors, cancelling, ends; one thread awake for one task."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import threading
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayscale.serve.threads import Threads
+
+
+@given(count=st.integers(1, 4), tasks=st.lists(st.booleans(), max_size=30))
+def test_every_task_ends_as_it_should(count: int, tasks: list[bool]) -> None:
+    with Threads(count, "t") as pool:
+        futures = [pool.submit(divmod, index, int(fine)) for index, fine in enumerate(tasks)]
+        for index, (future, fine) in enumerate(zip(futures, tasks, strict=True)):
+            if fine:
+                assert future.result(10) == (index, 0)
+            else:
+                assert isinstance(future.exception(10), ZeroDivisionError)
+
+
+def test_tasks_begin_in_their_order_and_no_more_at_once_than_there_are_threads() -> None:
+    begun: list[int] = []
+    gates = [threading.Event() for _ in range(6)]
+
+    def work(index: int) -> None:
+        begun.append(index)
+        gates[index].wait(10)
+
+    with Threads(2, "t") as pool:
+        futures = [pool.submit(work, index) for index in range(6)]
+        for index in (1, 0, 2, 3, 4, 5):
+            gates[index].set()
+            futures[index].result(10)
+    assert sorted(begun[:2]) == [0, 1]
+    assert begun[2:] == [2, 3, 4, 5]
+
+
+def test_the_thread_that_was_busy_last_is_the_next() -> None:
+    with Threads(3, "t") as pool:
+        together = threading.Barrier(3)
+        wait([pool.submit(together.wait, 10) for _ in range(3)])  # all three exist
+        last = pool.submit(threading.current_thread).result(10)
+        for _ in range(20):
+            while last not in pool._idle:  # its task's end is told before it is idle
+                pass
+            assert pool.submit(threading.current_thread).result(10) is last
+
+
+def test_one_task_wakes_one_thread() -> None:
+    """Negative control: a ThreadPoolExecutor wakes others, which find nothing."""
+
+    def switches(pool: Threads | ThreadPoolExecutor) -> float:
+        async def main() -> float:
+            loop = asyncio.get_running_loop()
+            together = threading.Barrier(4)
+            await asyncio.gather(*(loop.run_in_executor(pool, together.wait, 10) for _ in range(4)))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+            for _ in range(500):
+                await loop.run_in_executor(pool, sum, range(5000))
+            return (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before) / 500
+
+        with pool:
+            return asyncio.run(main())
+
+    ours, theirs = switches(Threads(4, "t")), switches(ThreadPoolExecutor(4))
+    assert ours < theirs
+
+
+def test_what_waits_can_be_cancelled_and_what_is_idle_ends() -> None:
+    pool, gate = Threads(1, "t"), threading.Event()
+    running, waiting, another = pool.submit(gate.wait, 10), pool.submit(int), pool.submit(int)
+    assert waiting.cancel()
+    pool.shutdown(wait=False, cancel_futures=True)
+    with pytest.raises(CancelledError):
+        another.result(10)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(int)
+    gate.set()
+    assert running.result(10) is True
+    pool.shutdown()
+    assert not any(thread.is_alive() for thread in pool._threads)
+    idle = Threads(2, "t")
+    idle.submit(int).result(10)
+    idle.shutdown()
+    assert not any(thread.is_alive() for thread in idle._threads)
+
+
+def test_shutdown_does_what_is_queued() -> None:
+    pool, gate = Threads(1, "t"), threading.Event()
+    futures = [pool.submit(gate.wait, 10), *(pool.submit(abs, -i) for i in range(5))]
+    gate.set()
+    pool.shutdown()
+    assert [future.result(0) for future in futures] == [True, 0, 1, 2, 3, 4]
+
+
+def test_an_idle_thread_keeps_nothing_of_its_last_task() -> None:
+    class Large:
+        pass
+
+    with Threads(1, "t") as pool:
+        large = Large()
+        kept = weakref.ref(large)
+        pool.submit(lambda it: it, large).result(10)
+        del large
+        pool.submit(int).result(10)
+        gc.collect()
+        assert kept() is None
