@@ -1,13 +1,11 @@
-"""The pool of threads: order, errors, cancelling, ends; one thread awake for one task."""
+"""The pool of threads: order, errors, cancelling, ends."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import resource
 import threading
 import weakref
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, wait
 
 import pytest
 from hypothesis import given
@@ -53,26 +51,6 @@ def test_the_thread_that_was_busy_last_is_the_next() -> None:
             while last not in pool._idle:  # its task's end is told before it is idle
                 pass
             assert pool.submit(threading.current_thread).result(10) is last
-
-
-def test_one_task_wakes_one_thread() -> None:
-    """Negative control: a ThreadPoolExecutor wakes others, which find nothing."""
-
-    def switches(pool: Threads | ThreadPoolExecutor) -> float:
-        async def main() -> float:
-            loop = asyncio.get_running_loop()
-            together = threading.Barrier(4)
-            await asyncio.gather(*(loop.run_in_executor(pool, together.wait, 10) for _ in range(4)))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-            for _ in range(500):
-                await loop.run_in_executor(pool, sum, range(5000))
-            return (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before) / 500
-
-        with pool:
-            return asyncio.run(main())
-
-    ours, theirs = switches(Threads(4, "t")), switches(ThreadPoolExecutor(4))
-    assert ours < theirs
 
 
 def test_what_waits_can_be_cancelled_and_what_is_idle_ends() -> None:
