@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
-from rayscale import containers
+from rayscale import containers, png
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError
 
 # What Pillow warns of stands in files from outside, and Python keeps every distinct text for good.
@@ -288,11 +288,13 @@ def encode(hwc: NDArray[Any], media: Media, quality: int = 95) -> bytes:
         raise ConfigError("quality", quality, "must be in 1..100", "try 95")
     height, width, channels = hwc.shape
     check_side(height, width, media)
+    if media == "png":
+        return png.write(hwc)
     settings: list[int] = []
     if media == "jpeg":
         sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if quality >= 90 else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
         settings = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
-    elif media == "webp":
+    else:
         settings = [cv2.IMWRITE_WEBP_QUALITY, quality]
     order = cv2.COLOR_RGBA2BGRA if channels == 4 else cv2.COLOR_RGB2BGR
     done, encoded = cv2.imencode(f".{media}", cv2.cvtColor(hwc, order), settings)
