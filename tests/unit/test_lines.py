@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayscale.errors import ConfigError, UnavailableError
+from rayscale.errors import ConfigError, RayscaleError, UnavailableError
 from rayscale.serve import lines
 from rayscale.serve.lines import Lines, Offer
 from rayscale.serve.remote import Chunk, LostError, Reply
@@ -65,6 +65,17 @@ class Engines:
             raise
         finally:
             self.under_way.remove(chunk.index)
+
+
+def telling(error: RayscaleError) -> Engines:
+    """Engines that answer every chunk with it."""
+    engines = Engines()
+
+    async def answer(name: str, chunk: Chunk) -> Reply:
+        return Reply(request="r", index=0, digest="d", engine=name, provider="", backlog_s=0.0, body=error)
+
+    engines.answer = answer  # type: ignore[method-assign]
+    return engines
 
 
 def on_lines(engines: Engines, work: Callable[[Lines], Awaitable[T]]) -> T:
@@ -250,13 +261,7 @@ def test_a_call_that_lends_nothing_is_told() -> None:
 
 
 def test_an_engine_that_declines_is_not_asked_on_the_same_line() -> None:
-    engines = Engines()
-
-    async def decline(name: str, chunk: Chunk) -> Reply:
-        body = UnavailableError("model", "d", "is not loaded", "try again")
-        return Reply(request="r", index=0, digest="d", engine=name, provider="", backlog_s=0.0, body=body)
-
-    engines.answer = decline  # type: ignore[method-assign]
+    engines = telling(UnavailableError("model", "d", "is not loaded", "try again"))
 
     async def work(gateway: Lines) -> list[str]:
         return [(await gateway.carry(chunk(index))).engine for index in range(4)]
@@ -273,13 +278,7 @@ def test_a_fault_of_the_engine_is_an_error_of_ours() -> None:
 
 
 def test_an_error_of_the_picture_comes_as_it_is() -> None:
-    engines = Engines()
-
-    async def wrong(name: str, chunk: Chunk) -> Reply:
-        body = ConfigError("image", "x", "is no picture", "send one")
-        return Reply(request="r", index=0, digest="d", engine=name, provider="", backlog_s=0.0, body=body)
-
-    engines.answer = wrong  # type: ignore[method-assign]
+    engines = telling(ConfigError("image", "x", "is no picture", "send one"))
     reply = on_lines(engines, lambda gateway: gateway.carry(chunk()))
     assert str(reply.body) == "image=x: is no picture; send one"
 

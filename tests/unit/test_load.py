@@ -194,11 +194,10 @@ def test_five_times_too_much_work_costs_no_goodput() -> None:
     assert told.count(0) < len(good)
 
 
-def comebacks(share: float, timeout_s: float = 2.0) -> list[bool]:
+def comebacks(share: float, timeout_s: float = 2.0) -> tuple[list[bool], float, float]:
     """All at once five times what fits, and those who are refused again after `share` of what they were told.
 
-    Whether each of these was let in then. The goodput (a share of the capacity) is printed: a machine that stands still
-    for a moment sends the next ones away for longer than it needs; without waiting it is held above, 0.9.
+    Whether each of these was let in then, the goodput as a share of the capacity, and the device's longest run.
     """
     device, body = Device(), png(photo(64, 64))
 
@@ -223,15 +222,19 @@ def comebacks(share: float, timeout_s: float = 2.0) -> list[bool]:
     again = [ok for after_s, ok in found if after_s]
     goodput = sum(ok for _, ok in found) * statistics.mean(device.runs) / took_s
     print(f"\nafter {share:g} of Retry-After: {sum(again)} of {len(again)} let in; goodput {goodput:.3f}")
-    return again
+    return again, goodput, max(device.runs)
 
 
 @pytest.mark.long
 def test_who_comes_back_as_told_is_let_in_and_after_half_of_it_many_are_not() -> None:
-    again = comebacks(1.0)
+    for _ in range(3):
+        again, goodput, longest_s = comebacks(1.0)
+        if longest_s < 1.5 * TILE_S:
+            break  # else the machine stood still, all were sent away for longer than it took: once more, same bounds
     assert len(again) > 100
     assert sum(again) >= 0.6 * len(again)  # seen: 0.76 to 0.98, on a busy machine; told all the same time: 0.1
-    early = comebacks(0.5)
+    assert goodput >= 0.75
+    early, _, _ = comebacks(0.5)
     assert sum(early) / len(early) < sum(again) / len(again)
 
 
