@@ -153,7 +153,7 @@ def test_every_route_keeps_what_its_page_promises(service: Any) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_route_keeps_what_its_page_promises_for_long(service: Any) -> None:
-    statuses, wrong = explored(service.app, "examples", "coverage", "fuzzing", "stateful", examples=60)
+    statuses, wrong = explored(service.app, "examples", "coverage", "fuzzing", "stateful", examples=100)
     assert wrong == []
     assert [name for name in OPERATIONS if 200 not in statuses[name]] == []  # not refusals alone were looked at
     assert {400, 404, 405, 413, 415, 422} <= set().union(*statuses.values())
