@@ -93,7 +93,7 @@ def read_header(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> H
 
     Raises: ImageError (empty, broken, too small), MediaTypeError (unknown format), TooLargeError.
     """
-    return open_lazily(data, limits, name, unpack=False)[1]
+    return open_lazily(data, limits, name, unpack_px=0).header
 
 
 def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> U8:
@@ -104,10 +104,11 @@ def decode_rgb(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> U8
 
     Raises: as `read_header`; ImageError for truncated or damaged pixels too.
     """
-    picture, header, orientation = open_lazily(data, limits, name)
+    found = open_lazily(data, limits, name)
+    header = found.header
     _check_bits(header, name)
     with hostile(name, header.format):
-        pixels = np.ascontiguousarray(UPRIGHT[orientation](_to_rgb(picture)))
+        pixels = np.ascontiguousarray(UPRIGHT[found.orientation](_to_rgb(found.picture)))
         if pixels.shape != (header.height, header.width, 3):
             raise ValueError("pixels do not match the header")
     return pixels
@@ -118,15 +119,16 @@ def decode_gray(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> t
 
     For JPEG half the work: no chroma is transformed. Raises: as `decode_rgb`.
     """
-    picture, header, orientation = open_lazily(data, limits, name)
+    found = open_lazily(data, limits, name)
+    header = found.header
     _check_bits(header, name)
     with hostile(name, header.format):
         if header.mode == "RGB" and not header.alpha:
-            picture.draft("L", None)
-            gray = np.asarray(picture.convert("L"))
+            found.picture.draft("L", None)
+            gray = np.asarray(found.picture.convert("L"))
         else:
-            gray = cv2.cvtColor(_to_rgb(picture), cv2.COLOR_RGB2GRAY)
-        gray = np.ascontiguousarray(UPRIGHT[orientation](gray))
+            gray = cv2.cvtColor(_to_rgb(found.picture), cv2.COLOR_RGB2GRAY)
+        gray = np.ascontiguousarray(UPRIGHT[found.orientation](gray))
         if gray.shape != (header.height, header.width):
             raise ValueError("pixels do not match the header")
     return gray, header
@@ -137,26 +139,44 @@ def _check_bits(header: Header, name: str) -> None:
         raise ImageError(name, f"{header.bits} bits", "at most 16 bits per sample are read", "convert it to 8 bits")
 
 
-def open_lazily(data: bytes, limits: Limits, name: str, *, unpack: bool = True) -> tuple[ImageFile, Header, int]:
-    """Pillow's lazy picture, its header and its EXIF orientation (1..8), within the limits.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lazy:
+    """A file within the limits whose header was read and whose pixels were not. Of one thread at a time."""
 
-    unpack: its pixels will be read.
+    data: bytes
+    name: str
+    limits: Limits
+    header: Header
+    orientation: int  # EXIF's, 1..8
+    picture: ImageFile  # Pillow's
+    ready: bool  # its pixels may be read of `picture`
+
+    def opened(self) -> Lazy:
+        """Itself, ready."""
+        return self if self.ready else open_lazily(self.data, self.limits, self.name)
+
+
+def open_lazily(data: bytes, limits: Limits, name: str, *, unpack_px: int | None = None) -> Lazy:
+    """unpack_px: a larger PNG is opened for its header's sake alone; else its pixels are inflated here, fast.
+
+    Raises: as `read_header`.
     """
     if not data:
         raise ImageError(name, "0 bytes", "there is nothing in it", _SEND)
     if len(data) > limits.max_bytes:
         rule = f"at most {limits.max_bytes} bytes are read"
         raise TooLargeError(name, f"{len(data)} bytes", rule, "send a smaller file")
-    kind = _sniff(data, name)
+    kind, ready = _sniff(data, name), True
     if kind == "png" and len(data) >= 24:
         sides = struct.unpack_from(">II", data, 16)
-        unpack = unpack and max(sides) <= limits.max_side and math.prod(sides) <= limits.max_pixels
-    data = containers.lean(kind, data, name, unpack=unpack)
+        ready = math.prod(sides) <= (limits.max_pixels if unpack_px is None else unpack_px)
+        ready = ready and max(sides) <= limits.max_side
+    lean = containers.lean(kind, data, name, unpack=ready)
     if kind == "webp":  # its reader allocates the canvas at once
-        _check_size(*_webp_size(data), limits, name)
+        _check_size(*_webp_size(lean), limits, name)
     with hostile(name, kind):
-        bits = _bits(kind, data)  # first, as Pillow reads a PPM's comments however long they are
-        picture = _READERS[kind](io.BytesIO(data))
+        bits = _bits(kind, lean)  # first, as Pillow reads a PPM's comments however long they are
+        picture = _READERS[kind](io.BytesIO(lean))
         picture.decodermaxblock = _BLOCK
         frames, orientation = _frames(picture), _orientation(picture)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
@@ -165,7 +185,9 @@ def open_lazily(data: bytes, limits: Limits, name: str, *, unpack: bool = True) 
     width, height = picture.size if orientation < 5 else picture.size[::-1]
     _check_size(width, height, limits, name)
     header = Header(format=kind, width=width, height=height, mode=picture.mode, frames=frames, bits=bits, alpha=alpha)
-    return picture, header, orientation
+    return Lazy(
+        data=data, name=name, limits=limits, header=header, orientation=orientation, picture=picture, ready=ready
+    )
 
 
 @contextmanager
@@ -311,15 +333,22 @@ def check_side(height: int, width: int, media: Media) -> None:
 
 
 def to_nchw_f32(hwc_u8: U8) -> F32:
-    """u8[h, w, 3] -> f32[1, 3, h, w] in [0, 1]: x / 255, correctly rounded."""
-    return np.ascontiguousarray(hwc_u8.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
+    """u8[h, w, c] -> f32[1, c, h, w] in [0, 1]: x / 255, correctly rounded."""
+    height, width, channels = hwc_u8.shape
+    planes = np.empty((channels, height, width), np.uint8)
+    cv2.split(hwc_u8, [*planes])
+    tensor: F32 = planes[None].astype(np.float32)
+    tensor /= np.float32(255)
+    return tensor
 
 
 def to_hwc_u8(nchw_f32: F32) -> U8:
-    """f32[1, 3, h, w] in [0, 1] -> u8[h, w, 3]: x * 255, rounded half to even, clipped."""
-    scaled = nchw_f32[0] * np.float32(255)
-    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
+    """f32[1, c, h, w] in [0, 1] -> u8[h, w, c]: x * 255, rounded half to even, clipped."""
+    unit = np.clip(nchw_f32[0], np.float32(0), np.float32(1))  # what is beyond int32 would wrap around
+    channels, height, width = unit.shape
+    planes = cv2.convertScaleAbs(unit.reshape(-1, width), alpha=255).reshape(unit.shape)
+    merged: U8 = cv2.merge([*planes])
+    return merged.reshape(height, width, channels)  # OpenCV drops an axis of one channel
 
 
 @dataclass(frozen=True)

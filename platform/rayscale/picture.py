@@ -20,7 +20,7 @@ from PIL.ImageFile import ImageFile
 
 from rayscale import containers, imaging
 from rayscale.errors import ImageError
-from rayscale.imaging import F32, U8, Header, Limits, Media
+from rayscale.imaging import F32, U8, Header, Lazy, Limits, Media
 
 Samples = NDArray[Any]  # u8 or u16
 
@@ -73,17 +73,24 @@ def decode(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> Pictur
     CMYK and other rare 16-bit pictures become 8 bits. Raises: as `imaging.decode_rgb`; ImageError for animations,
     pages, and depths other than 1 .. 8 and 16 bits.
     """
-    picture, header, orientation = imaging.open_lazily(data, limits, name)
+    return decode_opened(imaging.open_lazily(data, limits, name))
+
+
+def decode_opened(file: Lazy) -> Picture:
+    """As `decode`, what was opened before, once: Pillow's copy of the pixels goes. Raises: as it."""
+    file = file.opened()
+    picture, header, name = file.picture, file.header, file.name
     check_kept(header, name)
     with imaging.hostile(name, header.format):
         picture.load()  # damage is found here, before the other codec prints about it
         deep = header.bits == 16 and picture.mode in _DEEP_MODES
-        found = _deep(data, picture, header) if deep else _shallow(picture)
-        turn = imaging.UPRIGHT[orientation]
+        found = _deep(file.data, picture, header) if deep else _shallow(picture)
+        turn = imaging.UPRIGHT[file.orientation]
         rgb = np.ascontiguousarray(turn(found.rgb))
         alpha = None if found.alpha is None else np.ascontiguousarray(turn(found.alpha))
         if rgb.shape != (header.height, header.width, 3):
             raise ValueError("pixels do not match the header")
+    picture.close()
     return replace(found, rgb=rgb, alpha=alpha)
 
 

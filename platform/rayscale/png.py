@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import deflate
@@ -33,7 +32,6 @@ def write(hwc: NDArray[Any]) -> bytes:
     return b"".join([*parts, *_chunk(b"IEND", b"")])
 
 
-def _chunk(kind: bytes, body: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    yield struct.pack(">I", len(body)) + kind
-    yield body
-    yield struct.pack(">I", deflate.crc32(body, deflate.crc32(kind)))
+def _chunk(kind: bytes, body: bytes | memoryview) -> tuple[bytes, bytes | memoryview, bytes]:
+    checksum = deflate.crc32(body, deflate.crc32(kind))
+    return struct.pack(">I", len(body)) + kind, body, struct.pack(">I", checksum)

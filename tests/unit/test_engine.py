@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, ImageError, IntegrityError, TooLargeError, UnavailableError
 from rayscale.serve.batching import CallJob, Job, Model, Queue, TileJob, Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
+from rayscale.serve.threads import Threads
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 U8, F32 = NDArray[np.uint8], NDArray[np.float32]
@@ -70,8 +71,8 @@ def start() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1, thread_name_prefix="codec") as codecs:
+def pool() -> Iterator[Threads]:
+    with Threads(1, "codec") as codecs:
         yield codecs
 
 
@@ -136,6 +137,15 @@ def test_a_halo_one_pixel_short_is_seen(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (97, 50, 3), np.uint8)
     whole, canvas = serve_whole_and_tiled(tmp_path / "a", digest, picture, tile_px=32, whole_max_px=1)
     assert (canvas.result != whole).any()
+
+
+def test_an_only_tile_is_kept_and_not_copied() -> None:
+    planned = plan(small["card"](halo_px=2).spec, 9, 7, EngineSettings())
+    canvas, made = Canvas(planned, np.zeros((9, 7, 3), np.uint8)), np.ones((18, 14, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"came back as \(18, 15, 3\), not as \(18, 14, 3\)"):
+        canvas.place(0, np.ones((18, 15, 3), np.uint8))
+    canvas.place(0, made)
+    assert np.shares_memory(canvas.result, made)
 
 
 def test_sides_are_padded_to_align_and_cropped_back() -> None:
@@ -493,7 +503,7 @@ def test_what_is_learnt_of_calls_and_of_tiles_is_one_price_by_pixel() -> None:
     session = LinearSession(MASKED)
     with serving(session) as engine:
         model = engine._models.fetch("d")
-        model.seconds_per_unit = 1e-3
+        model.known.seconds_per_unit = 1e-3
         inputs = {"image": np.zeros((2, 3, 10, 20), np.float32), "mask": np.zeros((2, 1, 10, 20), np.float32)}
         job = CallJob(model=model, inputs=inputs, deadline=1e9)
         assert job.item_s == pytest.approx(0.4)
@@ -576,9 +586,7 @@ def test_a_batch_that_somebody_waits_for_goes_on(start: Callable[..., Engine]) -
 
 
 @pytest.mark.parametrize("provider", ["Fake", artifact.CPU])
-def test_what_a_request_held_is_gone_with_it(
-    start: Callable[..., Engine], pool: ThreadPoolExecutor, provider: str
-) -> None:
+def test_what_a_request_held_is_gone_with_it(start: Callable[..., Engine], pool: Threads, provider: str) -> None:
     """Without waiting for the collector of cycles, which does not count arrays."""
     session = FakeSession()
     session.provider = provider
@@ -611,7 +619,7 @@ def test_what_a_request_held_is_gone_with_it(
         gc.enable()
 
 
-def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine], pool: ThreadPoolExecutor) -> None:
+def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine], pool: Threads) -> None:
     session = FakeSession()
     engine = start(session)
     begun: list[Future[str]] = []
@@ -655,9 +663,7 @@ def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine], po
 
 
 @pytest.mark.parametrize("how", ["late", "cancelled", "refused", "nothing"])
-def test_what_comes_before_the_tiles_may_end_it(
-    start: Callable[..., Engine], pool: ThreadPoolExecutor, how: str
-) -> None:
+def test_what_comes_before_the_tiles_may_end_it(start: Callable[..., Engine], pool: Threads, how: str) -> None:
     session, go = FakeSession(), threading.Event()
     engine = start(session)
 
@@ -692,7 +698,7 @@ def test_what_comes_before_the_tiles_may_end_it(
     asyncio.run(main())
 
 
-def test_a_free_device_is_worked_by_who_finds_it_free(start: Callable[..., Engine], pool: ThreadPoolExecutor) -> None:
+def test_a_free_device_is_worked_by_who_finds_it_free(start: Callable[..., Engine], pool: Threads) -> None:
     """A small picture's tile on a CPU; the device's thread has all that waits meanwhile, and everything else."""
     session = FakeSession()
     engine = start(session)

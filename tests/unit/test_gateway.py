@@ -234,11 +234,16 @@ def test_a_declared_length_is_refused_before_the_body_is_read(make: Callable[...
     assert read == 11
 
 
-def test_output_and_time_are_limited_too(make: Callable[..., Service]) -> None:
-    service = make(max_output_pixels=4 * 40 * 52 - 1)
+def test_output_and_time_are_limited_too(make: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make(max_output_pixels=4 * 40 * 52 - 1, timeout_s=30.0)
     is_problem(service.upscale(png(photo())), 413, "104x80", "output")
     assert service.upscale(png(photo(40, 51))).status_code == 200
-    is_problem(make(timeout_s=1e-9).upscale(png(photo())), 413, "takes about", "rayscale upscale IN OUT --model")
+    for cost_s, status in ((45.0, 413), (26.0, 200)):
+        monkeypatch.setattr(service.engine, "cost_s", lambda digest, units, cost_s=cost_s: cost_s)
+        answer = service.upscale(png(photo(40, 51)))
+        assert answer.status_code == status
+        if status == 413:
+            is_problem(answer, 413, "takes about 45 s here", "requests have 30 s", "rayscale upscale IN OUT --model")
 
 
 def test_what_would_miss_its_deadline_is_refused_with_a_time_to_come_back(
@@ -272,8 +277,8 @@ def test_several_models_need_a_name_or_a_default(make: Callable[..., Service]) -
 
 
 def test_a_model_of_another_kind_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = service.engine._models.fetch(service.release.digest).session
-    monkeypatch.setattr(session, "card", small["card"](kind="embed"))
+    known = service.engine.session(service.release.digest)
+    monkeypatch.setattr(known, "card", small["card"](kind="embed"))
     is_problem(service.upscale(b"x", model="photos"), 404, "embed", "upscale", "/v1/models")
     is_problem(service.upscale(b"x"), 404, "no model", "upscale")
 

@@ -400,6 +400,28 @@ def test_float_and_back_loses_nothing() -> None:
     np.testing.assert_array_equal(to_hwc_u8(tensor), picture)
 
 
+@hypothesis.given(
+    st.integers(1, 20), st.integers(1, 20), st.sampled_from((1, 3, 4, 9)), st.integers(0, 2**32 - 1), st.booleans()
+)
+def test_floats_and_bytes_are_by_definition(height: int, width: int, channels: int, seed: int, cut: bool) -> None:
+    """Also of windows, mirrored and read-only pictures, and on both sides of every half."""
+    rng = np.random.default_rng(seed)
+    whole = rng.integers(0, 256, (height + 3, width + 2, channels), np.uint8)
+    picture = whole[2 : 2 + height, 1 : 1 + width] if cut else whole[:height, :width][::-1, ::-1]
+    picture.flags.writeable = False
+    expected = picture.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(to_nchw_f32(picture), expected)
+
+    halves = (rng.integers(-2, 258, expected.shape) + np.float32(0.5)).astype(np.float32) / np.float32(255)
+    near = np.nextafter(halves, rng.choice(np.array([-9, 9], np.float32), halves.shape))
+    far = rng.choice(np.array([-np.inf, -1e30, -3e9, 3e9, 1e30, np.inf], np.float32), halves.shape)
+    for tensor in (expected, halves, near, far):
+        rounded = np.clip(np.rint(tensor[0] * np.float32(255)), 0, 255).astype(np.uint8)
+        made = to_hwc_u8(tensor)
+        np.testing.assert_array_equal(made, rounded.transpose(1, 2, 0))
+        assert made.flags.c_contiguous
+
+
 def test_to_u8_rounds_and_clips() -> None:
     values = np.array([-1.0, 0.0019, 0.0020, 0.5, 0.9979, 0.9981, 7.0], np.float32)
     given = np.broadcast_to(values, (1, 3, 1, 7))

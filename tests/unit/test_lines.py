@@ -187,7 +187,7 @@ def test_an_engine_that_vanishes_without_a_word_is_told_by_its_call() -> None:
     async def lend(offer: Offer) -> None:
         _, writer = await asyncio.open_connection(offer.host, offer.port)
         message = offer.token + b"e0"
-        writer.write(struct.pack("!I", len(message)) + message)
+        writer.write(struct.pack("!II", len(message), 0) + message)
         await gone.wait()
         raise LostError("", "lent no line: its node is gone")
 
@@ -295,9 +295,11 @@ def test_a_stranger_gets_nothing_unpickled(tmp_path: Path, monkeypatch: pytest.M
     async def work(gateway: Lines) -> None:
         await gateway.carry(chunk())  # a line is open beside
         for message in (
-            struct.pack("!I", len(bomb)) + bomb,
-            struct.pack("!I", 20) + bytes(20) + struct.pack("!I", len(bomb)) + bomb,
-            struct.pack("!I", 0xFFFFFFFF),  # 4 GiB to come
+            struct.pack("!II", len(bomb), 0) + bomb,
+            struct.pack("!II", 20, 0) + bytes(20) + struct.pack("!II", len(bomb), 0) + bomb,
+            struct.pack("!II", 0xFFFFFFFF, 0),  # 4 GiB to come
+            struct.pack("!IIQ", len(bomb), 1, 1 << 62) + bomb,  # and an array that no memory holds
+            struct.pack("!II", 0, 0xFFFFFFFF),
         ):
             reader, writer = await asyncio.open_connection(gateway._host, gateway._port)
             writer.write(message)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from rayscale import picture
+from rayscale import imaging, picture
 from rayscale.errors import ImageError
 from rayscale.imaging import U8, Media
 from rayscale.picture import Picture
@@ -46,6 +46,17 @@ def png16(samples: np.ndarray[Any, Any], colour: int, before: bytes = b"") -> by
 
 
 # Reading
+
+
+@pytest.mark.parametrize("media", ["jpeg", "png", "webp"])
+def test_an_opened_file_does_not_keep_its_pixels_once_they_are_decoded(media: Media) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    data = imaging.encode(pixels, media)
+    file = imaging.open_lazily(data, imaging.Limits(), "image")
+    found = picture.decode_opened(file)
+    np.testing.assert_array_equal(found.rgb, picture.decode(data).rgb)
+    with pytest.raises(ValueError, match="closed"):
+        file.picture.getpixel((0, 0))
 
 
 def test_alpha_is_kept_beside_colours_that_nobody_blended() -> None:

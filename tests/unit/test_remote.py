@@ -8,7 +8,6 @@ import runpy
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from rayscale.serve import remote
 from rayscale.serve.batching import Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, Runner, plan
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply, RetryBudget
+from rayscale.serve.threads import Threads
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
 U8, F32 = NDArray[np.uint8], NDArray[np.float32]
@@ -152,7 +152,7 @@ def test_what_comes_before_and_after_the_tiles_is_done_in_the_pool(start: Start)
         where.append(threading.current_thread().name)
         return canvas.result
 
-    with ThreadPoolExecutor(1, thread_name_prefix="codec") as pool:
+    with Threads(1, "codec") as pool:
         found = asyncio.run(line.remote.run_between("d", pool, begin, end, deadline=deadline))
         nothing = asyncio.run(line.remote.run_between("d", pool, lambda: None, end, deadline=deadline))
     assert where == ["codec_0", "codec_0"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 import runpy
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +21,8 @@ from PIL import Image, ImageCms
 
 from rayscale import classical, imaging, latents, metrics, picture
 from rayscale.imaging import Limits
-from rayscale.serve import body
+from rayscale.serve import body, transform
+from rayscale.serve.api import create_app
 from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
 from rayscale.serve.table import Release, Table
 
@@ -483,6 +486,59 @@ def test_many_pictures_have_the_limit_of_one(service: Any) -> None:
     is_problem(post(service, "/v1/similarity", files={"a": small, "b": large}), 413, "2800 pixels")
 
 
+@pytest.mark.parametrize("name", ["OTEL_SERVICE_NAME", ""])
+def test_opentelemetry_is_asked_only_where_it_is_set_up(
+    service: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for known in [known for known in os.environ if known.startswith("OTEL_")]:
+        monkeypatch.delenv(known)
+    if name:
+        monkeypatch.setenv(name, "rayscale")
+    telemetry = create_app(service.gateway)._telemetry
+    assert {telemetry[kind] for kind in ("tracing", "metrics", "logs")} == {bool(name)}
+
+
+@pytest.mark.parametrize(("again_s", "status"), [(0.02, 503), (60.0, 200)])
+def test_who_takes_long_to_decode_is_admitted_anew(
+    service: Any, monkeypatch: pytest.MonkeyPatch, again_s: float, status: int
+) -> None:
+    prepare = transform.prepare
+
+    def slow(*args: Any) -> Any:
+        work = prepare(*args)
+        monkeypatch.setattr(service.engine, "backlog_s", lambda: 1e6)  # others were let in meanwhile
+        time.sleep(0.03)
+        return work
+
+    monkeypatch.setattr(transform, "prepare", slow)
+    monkeypatch.setattr(transform, "AGAIN_S", again_s)
+    assert post(service, "/v1/upscale", content=png(photo(9, 8))).status_code == status
+
+
+def test_files_are_opened_once_and_no_more_of_them_than_are_read(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    lazily = imaging.open_lazily
+
+    def count(data: bytes, *args: Any, **kwargs: Any) -> Any:
+        opened.append(len(data))
+        return lazily(data, *args, **kwargs)
+
+    monkeypatch.setattr(imaging, "open_lazily", count)
+    for content, times in (
+        (imaging.encode(photo(200, 180), "jpeg"), 1),
+        (png(photo(40, 30)), 1),
+        (png(photo(200, 180)), 2),  # it is not inflated before it is admitted
+    ):
+        opened.clear()
+        assert post(service, "/v1/upscale", content=content).status_code == 200
+        assert len(opened) == times
+    service.gateway.settings = service.gateway.settings.__class__(limits=Limits(max_pixels=2500))
+    opened.clear()
+    many = [("image", imaging.encode(photo(30, 40), "webp"))] * 9
+    is_problem(post(service, "/v1/embed", files=many), 413, "3600 pixels in 3")
+    assert len(opened) == 3  # a WebP's canvas is allocated when it is opened
+
+
 def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     good, other = png(photo(131, 97)), png(photo(131, 97, seed=1))
     see_through, fine = rgba(photo(), photo()[..., 0]), png(deep(131, 97))
@@ -498,7 +554,7 @@ def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.
         monkeypatch.setattr(owner, name, watched)
 
     for owner, name in (
-        (picture, "decode"), (picture, "encode"), (picture, "enlarged"), (imaging, "read_header"),
+        (picture, "decode_opened"), (picture, "encode"), (picture, "enlarged"), (imaging, "open_lazily"),
         (imaging, "encode"), (latents, "latents"), (metrics, "ssim"), (body.Body, "parts"), (cv2, "imdecode"),
         (np, "empty"), (np, "pad"),
     ):  # fmt: skip
@@ -514,10 +570,20 @@ def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.
         post(service, "/v1/similarity", files={"a": good, "b": other}),
     ]
     assert [r.status_code for r in answers] == [200] * 8
-    assert set(seen) >= {"decode", "encode", "enlarged", "read_header", "latents", "ssim", "parts", "imdecode", "empty"}
+    assert set(seen) >= {
+        "decode_opened",
+        "encode",
+        "enlarged",
+        "open_lazily",
+        "latents",
+        "ssim",
+        "parts",
+        "imdecode",
+        "empty",
+    }
     assert {t for threads in seen.values() for t in threads} <= {"codec", "slow", "engine"}
     imaging.read_header(good)  # negative control: the watch sees who calls
-    assert "MainThread" in seen["read_header"]
+    assert "MainThread" in seen["open_lazily"]
 
 
 # Models

@@ -42,6 +42,19 @@ def test_tasks_begin_in_their_order_and_no_more_at_once_than_there_are_threads()
     assert begun[2:] == [2, 3, 4, 5]
 
 
+def test_what_is_started_runs_in_turn_and_an_error_that_nobody_caught_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+    with Threads(1, "t") as pool:
+        pool.start(lambda: done.append(0))
+        pool.start(lambda: done.append(1 // 0))
+        pool.start(lambda: done.append(2))
+        assert pool.submit(int).result(10) == 0
+    assert done == [0, 2]
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.start(lambda: None)
+
+
 def test_the_thread_that_was_busy_last_is_the_next() -> None:
     with Threads(3, "t") as pool:
         together = threading.Barrier(3)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import multiprocessing
 import os
 import signal
@@ -19,15 +16,14 @@ from typing import Protocol, TypeVar
 import cv2
 
 from rayscale.errors import ResourceError
+from rayscale.memory import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 3  # items in flight for each worker: enough that a slow one at the head leaves nobody idle
 THREADS_AT_MOST = 4  # beyond, they would wait for each other
-KEPT_BYTES = 32 << 20  # glibc takes no higher threshold
 TRIES = 3  # of an item whose worker is killed under it
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 PRELOAD = ["rayscale.data.pack"]  # imported once for all worker processes
 
 
@@ -79,18 +75,6 @@ def threads(num: int) -> Mapper:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     return mapped
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """glibc returns a freed picture to the system and maps the next one page by page: 8 % of packing's CPU time.
-
-    With this a process keeps up to KEPT_BYTES for the next one. No other C library is asked, nor needs to be.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for what in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(what, KEPT_BYTES)
 
 
 def processes(num: int) -> Mapper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -20,9 +21,11 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray: bool = False) -> FastAPI:
     """The ASGI application around a gateway. `behind_ray`: Ray Serve's proxy is in front of it."""
+    traced = any(name.startswith("OTEL_") for name in os.environ)  # else it asks anew at each request: 20 us
     app = FastAPIOffline(  # its pages load nothing from elsewhere
-        title="Rayscale", version=__version__, description=pages.DESCRIPTION, redoc_url=None, lifespan=lifespan
-    )
+        title="Rayscale", version=__version__, description=pages.DESCRIPTION, redoc_url=None, lifespan=lifespan,
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), traced),
+    )  # fmt: skip
     keys, routers = gateway.settings.keys, [r.routes(gateway) for r in (routes_pictures, routes_vectors, routes_models)]
     app.add_middleware(Lane, routers=routers, owner=app)
     if keys:

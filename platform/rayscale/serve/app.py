@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from rayscale import storage
 from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
+from rayscale.memory import keep_freed_memory
 from rayscale.observe import log, setup_logging
 from rayscale.serve import follower, keys, lines, remote, rollout
 from rayscale.serve.api import create_app
@@ -223,6 +224,7 @@ class EngineReplica:
 
     async def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:  # type: ignore[misc]
         setup_logging()
+        keep_freed_memory()
         self._name = serve.get_replica_context().replica_id.unique_id
         self._engine, self._follower = _engine(args, rollout_handle, RayMeters())
         await self._follower.start(args.ready_wait_s, args.sync_s)
@@ -274,6 +276,7 @@ class GatewayReplica:
         self, args: AppArgs, rollout_handle: DeploymentHandle, engine_handle: DeploymentHandle | None = None
     ) -> None:
         setup_logging()
+        keep_freed_memory()
         self._args, meters = args, RayMeters()
         self._follower: Follower
         self._lines: Lines | None = None

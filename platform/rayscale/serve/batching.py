@@ -6,6 +6,7 @@ in a circle, so a huge picture delays a thumbnail by one batch and not by all of
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
@@ -47,42 +48,34 @@ def leads(spec: Spec) -> dict[str, tuple[int, ...]]:
     return {t.name: tuple(int(axis) for axis in t.shape[1:-2]) for t in spec.inputs}
 
 
-def channels(spec: Spec) -> int:
-    """Of a tile: those of all inputs, one after the other. Raises: as `leads`."""
-    return sum(math.prod(lead) for lead in leads(spec).values())
-
-
 def units(spec: Spec, inputs: Mapping[str, F32]) -> int:
     """By what a run's cost is counted: input pixels of a function of pictures, samples of any other."""
     shape = inputs[spec.inputs[0].name].shape
     return int(math.prod((shape[0], *shape[-2:])) if spec.kind in ("transform", "burst") else shape[0])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Known:
     """What is known of a loaded model where it is not: enough to cut pictures for it and to say what they cost."""
 
     card: ModelCard
     digest: str
     provider: str
-    seconds_per_unit: float = 0.0  # `units` says which
+    seconds_per_unit: float = 0.0  # `units` says which; where the model is, the engine corrects it
+
+    @functools.cached_property
+    def leads(self) -> dict[str, tuple[int, ...]]:
+        """As `leads`."""
+        return leads(self.card.spec)
 
 
-@dataclass(eq=False)
 class Model:
-    """A session and what it has been seen to cost."""
+    """A session and what is known of it by now."""
 
-    session: Session
-    seconds_per_unit: float = 0.0
-
-    @property
-    def known(self) -> Known:
-        s = self.session
-        return Known(
-            card=s.card,
-            digest=s.digest,
-            provider=s.provider,
-            seconds_per_unit=self.seconds_per_unit,
+    def __init__(self, session: Session, seconds_per_unit: float = 0.0) -> None:
+        self.session = session
+        self.known = Known(
+            card=session.card, digest=session.digest, provider=session.provider, seconds_per_unit=seconds_per_unit
         )
 
 
@@ -138,13 +131,13 @@ class Job(ABC):
     @property
     def item_s(self) -> float:
         """Estimated device time of one item."""
-        return self.item_units * self.model.seconds_per_unit
+        return self.item_units * self.model.known.seconds_per_unit
 
     def learn(self, item_s: float) -> None:
         """Correct the estimate by one measurement; a run that waited for its CPU moves it up by a fifth at most."""
-        known_s = self.model.seconds_per_unit
-        measured_s = item_s / self.item_units
-        self.model.seconds_per_unit += 0.2 * ((min(measured_s, 2 * known_s) if known_s else measured_s) - known_s)
+        known, measured_s = self.model.known, item_s / self.item_units
+        before_s = known.seconds_per_unit
+        known.seconds_per_unit += 0.2 * ((min(measured_s, 2 * before_s) if before_s else measured_s) - before_s)
 
     @property
     def waiting_s(self) -> float:
@@ -215,7 +208,7 @@ def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
     if not tiles:
         return
     spec = session.card.spec
-    run = imaging.as_one(lambda inputs: session.run(inputs, abort)[spec.outputs[0].name], leads(spec))
+    run = imaging.as_one(lambda inputs: session.run(inputs, abort)[spec.outputs[0].name], batch[0][0].model.known.leads)
     nchw = [imaging.to_nchw_f32(job.tiles[index]) for job, index in tiles]
     if len(nchw) == 1:
         result = run(nchw[0])

@@ -7,11 +7,13 @@ takes. So the event loop is asleep from the first to the last, and a thread goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from rayscale.serve.batching import U8, Job, Place, Timing, too_late
+from rayscale.serve.threads import Threads
 
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ Then = Callable[[Timing], T]
 class Course(Generic[T]):
     """One request's. `end` is what `then` made, None where `begin` gave no tiles; to cancel it cancels what runs."""
 
-    def __init__(self, pool: Executor, then: Then[T]) -> None:
+    def __init__(self, pool: Threads, then: Then[T]) -> None:
         self.end: Future[T | None] = Future()
         self._pool = pool
         # A future keeps its callbacks for good: what they need goes with the end, or a request's pixels would wait for
@@ -65,7 +67,7 @@ class Course(Generic[T]):
             except Exception as error:
                 self.fail(error)
 
-        self._pool.submit(first)
+        self._pool.start(first)
 
     def follow(self, job: Job, run: Callable[[Job], bool]) -> None:
         """The tiles' end. `run` queues them and says whether they were run in this very thread."""
@@ -97,7 +99,7 @@ class Course(Generic[T]):
             self._last(done.result())
         else:
             try:
-                self._pool.submit(self._last, done.result())
+                self._pool.start(partial(self._last, done.result()))
             except RuntimeError as error:  # the pool takes nothing any more
                 self.fail(error)
 

@@ -13,9 +13,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -40,13 +40,13 @@ from rayscale.serve.batching import (
     Session,
     TileJob,
     Timing,
-    channels,
     execute,
     too_late,
     units,
 )
 from rayscale.serve.course import Begin, Course, Then, Tiled
 from rayscale.serve.shelf import Shelf
+from rayscale.serve.threads import Threads
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class Plan:
     @property
     def pixels(self) -> int:
         """Input pixels the device will see, overlaps included."""
-        return sum(t.height * t.width for t in self.tiles)
+        return len(self.tiles) * self.tiles[0].height * self.tiles[0].width
 
     @property
     def tiling(self) -> str:
@@ -142,10 +142,16 @@ class Canvas:
             hwc_u8 = np.pad(hwc_u8, ((0, below), (0, right), (0, 0)), mode="edge")
         self.plan = plan
         self.tiles = [hwc_u8[t.y : t.y + t.height, t.x : t.x + t.width] for t in plan.tiles]
-        self._out = np.empty((plan.padded_height * plan.scale, plan.padded_width * plan.scale, 3), np.uint8)
+        self._shape = plan.padded_height * plan.scale, plan.padded_width * plan.scale, 3
+        self._out = np.empty(self._shape, np.uint8) if len(self.tiles) > 1 else None
 
     def place(self, index: int, tile_hwc_u8: U8) -> None:
-        """Keep what tile `index` contributes: its own region, without the halo."""
+        """Keep what tile `index` contributes: its own region, without the halo; an only tile is kept as it is."""
+        if self._out is None:
+            if tile_hwc_u8.shape != self._shape:
+                raise ValueError(f"a tile came back as {tile_hwc_u8.shape}, not as {self._shape}")
+            self._out = tile_hwc_u8
+            return
         tile, scale = self.plan.tiles[index], self.plan.scale
         ys = slice((tile.keep_top - tile.y) * scale, (tile.keep_bottom - tile.y) * scale)
         xs = slice((tile.keep_left - tile.x) * scale, (tile.keep_right - tile.x) * scale)
@@ -157,6 +163,7 @@ class Canvas:
     def result(self) -> U8:
         """u8[height * scale, width * scale, 3], contiguous."""
         scale = self.plan.scale
+        assert self._out is not None  # every tile was placed
         return np.ascontiguousarray(self._out[: self.plan.height * scale, : self.plan.width * scale])
 
 
@@ -180,7 +187,7 @@ class Runner(Protocol):
     def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
     async def run_between(
-        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
     ) -> T | None: ...
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
@@ -225,7 +232,7 @@ class Engine:
 
     def known(self) -> dict[str, Known]:
         """Digest -> what other processes may know of it."""
-        return {digest: self._models.known(digest) for digest in self.digests}
+        return {digest: replace(self._models.known(digest)) for digest in self.digests}
 
     def outcomes(self) -> dict[str, Outcome]:
         """Digest -> how its requests' work has ended so far."""
@@ -285,7 +292,7 @@ class Engine:
         return await self._finish(job)
 
     async def run_between(
-        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
     ) -> T | None:
         """`begin` in a thread of the pool, its tiles as `run` does, `then` in the pool again: its result.
 
@@ -320,9 +327,9 @@ class Engine:
             timer.cancel()
 
     def _check_channels(self, digest: str, tiles: Sequence[U8]) -> None:
-        spec, found = self._models.known(digest).card.spec, tiles[0].shape[2]
-        if found != (wanted := channels(spec)):
-            names = " and ".join(t.name for t in spec.inputs)
+        inputs, found = self._models.known(digest).leads, tiles[0].shape[2]
+        if found != (wanted := sum(map(math.prod, inputs.values()))):
+            names = " and ".join(inputs)
             raise ConfigError("channels", found, f"this model takes {names}: {wanted} channels", "send what it takes")
 
     async def call(
@@ -460,7 +467,7 @@ def _measure(model: Model, settings: EngineSettings) -> Model:
     for _ in range(2):
         started = time.monotonic()
         model.session.run(probe)
-    model.seconds_per_unit = (time.monotonic() - started) / units(spec, probe)
+    model.known.seconds_per_unit = (time.monotonic() - started) / units(spec, probe)
     return model
 
 

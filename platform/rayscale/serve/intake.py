@@ -11,9 +11,8 @@ import numpy as np
 from rayscale import imaging, picture
 from rayscale.contract import Spec
 from rayscale.errors import ConfigError, ImageError, TooLargeError
-from rayscale.imaging import U8, Header, Limits
+from rayscale.imaging import U8, Header, Lazy, Limits
 from rayscale.picture import Picture
-from rayscale.serve.batching import leads
 from rayscale.serve.body import Body, only
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas, Plan, plan
@@ -22,6 +21,7 @@ from rayscale.serve.table import Release
 
 MISSING_FROM = 128  # of a mask's gray; below this of a picture's alpha: pixels to be filled
 MOST_FRAMES = 32
+SMALL_PX = 1 << 14  # a PNG of at most so many is opened once: to open it takes as long as to decode it
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +38,19 @@ class Work:
 class Files:
     """The parts of a request, whose headers are within the limits and fit each other."""
 
-    frames: Sequence[bytes]  # one, or those of a burst
-    header: Header  # of the first
+    frames: Sequence[Lazy]  # one, or those of a burst
     mask: bytes | None
+
+    @property
+    def header(self) -> Header:
+        """Of the first."""
+        return self.frames[0].header
 
 
 def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline: float) -> Work:
     """What the model's tiles are cut from. Raises: what refuses a request, the cheapest first."""
     spec, limits = gateway.card(release, role).spec, gateway.settings.limits
-    channels = tuple(math.prod(lead) for lead in leads(spec).values())
+    channels = tuple(map(math.prod, gateway.engine.session(release.digest).leads.values()))
     if role == "burst":
         count, masked = channels[0] // 3, False
         files = burst(body, limits, str(release), count)
@@ -61,7 +65,7 @@ def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
     admit(gateway, release, planned, deadline)
     if role == "burst":
-        found, stack = decode_burst(files, limits)
+        found, stack = decode_burst(files)
         return Work(found, planned, spec, Canvas(planned, stack))
     found, mask = decode(files, limits, masked=masked)
     if found.bits == 16:
@@ -86,16 +90,17 @@ def single(body: Body, limits: Limits, model: str, *, masked: bool, may_mask: bo
     """One picture and, for who takes one, its mask. Raises: as `Body.parts`, `imaging.read_header`; ConfigError."""
     parts = body.parts({"image": 1, "mask": 1} if may_mask else {"image": 1})
     image, mask = only(parts, "image"), parts.get("mask", [None])[0]
-    header = header_of(image, limits, "image")
+    file = opened(image, limits, "image")
+    header = file.header
     if mask is not None:
-        size = header_of(mask, limits, "mask")
+        size = opened(mask, limits, "mask").header
         if not masked:
             raise ConfigError("mask", f"{size.width}x{size.height}", f"{model} takes none", "leave it out")
         _check_alike(size, header, "mask")
     elif masked and not header.alpha:
         raise ConfigError("mask", "(none)", f"{model} fills what a mask marks",
                           "send a second part named mask, or transparent pixels")  # fmt: skip
-    return Files([image], header, mask)
+    return Files([file], mask)
 
 
 def burst(body: Body, limits: Limits, model: str, count: int | None) -> Files:
@@ -106,11 +111,19 @@ def burst(body: Body, limits: Limits, model: str, count: int | None) -> Files:
     if len(frames) != (count or max(2, len(frames))):
         rule = f"{model} takes {count or 'at least 2'}"
         raise ConfigError("image", f"{len(frames)} frames", rule, "send as many parts named image")
-    headers = [header_of(frame, limits, "image") for frame in frames]
-    for header in headers[1:]:
-        _check_alike(header, headers[0], "image")
-    check_total(headers, limits)
-    return Files(frames, headers[0], None)
+    files = Files(opened_all(frames, limits), None)
+    for frame in files.frames:
+        _check_alike(frame.header, files.header, "image")
+    return files
+
+
+def opened_all(images: Sequence[bytes], limits: Limits) -> list[Lazy]:
+    """Raises: as `opened`, and `check_total` before the next is opened: a WebP's canvas is allocated then."""
+    files: list[Lazy] = []
+    for image in images:
+        files.append(opened(image, limits, "image"))
+        check_total([file.header for file in files], limits)
+    return files
 
 
 def check_total(headers: Sequence[Header], limits: Limits) -> None:
@@ -120,11 +133,11 @@ def check_total(headers: Sequence[Header], limits: Limits) -> None:
         raise TooLargeError("image", f"{pixels} pixels in {len(headers)}", rule, "send fewer at once")
 
 
-def header_of(data: bytes, limits: Limits, name: str) -> Header:
+def opened(data: bytes, limits: Limits, name: str) -> Lazy:
     """Raises: as `imaging.read_header`; ImageError for what an answer could not keep."""
-    header = imaging.read_header(data, limits, name)
-    picture.check_kept(header, name)
-    return header
+    file = imaging.open_lazily(data, limits, name, unpack_px=SMALL_PX)
+    picture.check_kept(file.header, name)
+    return file
 
 
 def _check_alike(header: Header, first: Header, name: str) -> None:
@@ -138,7 +151,7 @@ def decode(files: Files, limits: Limits, *, masked: bool) -> tuple[Picture, U8 |
 
     Alpha that serves as the mask is gone from the answer.
     """
-    found = picture.decode(files.frames[0], limits)
+    found = picture.decode_opened(files.frames[0])
     if masked and files.mask is None:
         if found.alpha is None:
             raise ImageError("image", f"{found.bits} bits", "its transparency could not be read", "send a mask")
@@ -152,7 +165,7 @@ def decode(files: Files, limits: Limits, *, masked: bool) -> tuple[Picture, U8 |
     return found, np.where(gray >= MISSING_FROM, 255, 0).astype(np.uint8)
 
 
-def decode_burst(files: Files, limits: Limits) -> tuple[Picture, U8]:
+def decode_burst(files: Files) -> tuple[Picture, U8]:
     """What the first frame has beside its colours, in 8 bits, and all frames u8[h, w, 3 T], laid over white."""
-    found = [picture.decode(frame, limits) for frame in files.frames]
+    found = [picture.decode_opened(frame) for frame in files.frames]
     return Picture(found[0].flat(), None, found[0].icc), np.dstack([frame.flat() for frame in found])

@@ -14,10 +14,12 @@ import secrets
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
+
+import numpy as np
 
 from rayscale.errors import UnavailableError
 from rayscale.observe import log
@@ -27,7 +29,8 @@ TERM_S = 1.0  # a line takes no chunk after this: draining engines wait no longe
 IDLE_S = 0.25  # a line that nobody used for so long ends
 CONNECT_S = 5.0
 _TOKEN_BYTES = 16
-_LENGTH = struct.Struct("!I")
+_GREETING_BYTES = 1024  # at most, of who has not said its token: no memory for a stranger
+_HEAD = struct.Struct("!II")  # bytes of a message, and how many arrays follow it
 
 
 @dataclass(frozen=True)
@@ -45,36 +48,61 @@ Lend = Callable[[Offer], Awaitable[None]]
 
 
 class _Frames(asyncio.BufferedProtocol):
-    """Messages with their length before them, received in place: a large one is copied once, by the kernel."""
+    """Messages and, after each, its arrays: received in place, so that the kernel alone copies them.
+
+    On the wire: `_HEAD`, the arrays' sizes as u64, the message, the arrays.
+    """
 
     transport: asyncio.Transport
 
     def __init__(self) -> None:
-        self._expect(_LENGTH.size)
-        self._in_body = False
+        self._reading = self._read()
+        self._expect(next(self._reading))
+
+    def _read(self) -> Generator[int, memoryview, None]:
+        """Asks for so many bytes, gets them."""
+        while True:
+            length, count = _HEAD.unpack((yield _HEAD.size))
+            if not self.takes(length, count):
+                length = count = 0
+            sizes = struct.unpack(f"!{count}Q", (yield 8 * count))
+            message = yield length
+            arrays = []
+            for size in sizes:
+                arrays.append((yield size))
+            self.received(message, arrays)
+            del message, arrays  # while it waits for the next
 
     def _expect(self, size: int) -> None:
-        self._buffer, self._filled = bytearray(size), 0
+        while size == 0:  # there is nothing to wait for
+            size = self._reading.send(memoryview(b""))
+        self._buffer, self._filled = np.empty(size, np.uint8).data, 0  # not filled with zeros first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._buffer)[self._filled :]
+        return self._buffer[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        if self._filled < len(self._buffer):
-            return
-        message, self._in_body = self._buffer, not self._in_body
-        self._expect(_LENGTH.unpack(message)[0] if self._in_body else _LENGTH.size)
-        if not self._in_body:
-            self.received(message)
+        if self._filled == len(self._buffer):
+            self._expect(self._reading.send(self._buffer))
 
-    def send(self, message: bytes) -> None:
-        self.transport.writelines((_LENGTH.pack(len(message)), message))
+    def send(self, message: bytes, arrays: Sequence[memoryview] = ()) -> None:
+        sizes = struct.pack(f"!{len(arrays)}Q", *(array.nbytes for array in arrays))
+        self.transport.writelines((_HEAD.pack(len(message), len(arrays)) + sizes + message, *arrays))
 
-    def received(self, message: bytearray) -> None:
+    def send_pickled(self, value: object) -> None:
+        arrays: list[pickle.PickleBuffer] = []
+        message = pickle.dumps(value, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
+        self.send(message, [array.raw() for array in arrays])
+
+    def takes(self, length: int, count: int) -> bool:
+        """Whether a message of so many bytes and arrays is read; one that is not comes as an empty one."""
+        return True
+
+    def received(self, message: memoryview, arrays: Sequence[memoryview]) -> None:
         raise NotImplementedError
 
 
@@ -89,17 +117,15 @@ class _Line(_Frames):
         self._reply: asyncio.Future[Reply] | None = None
         self.opened = self.used = time.monotonic()
 
-    def _expect(self, size: int) -> None:
-        if not self.engine and size > 1024:  # of a stranger: no memory
-            self.transport.abort()
-            size = 1
-        super()._expect(size)
+    def takes(self, length: int, count: int) -> bool:
+        return bool(self.engine) or (length <= _GREETING_BYTES and not count)
 
-    def received(self, message: bytearray) -> None:
+    def received(self, message: memoryview, arrays: Sequence[memoryview]) -> None:
         if not self.engine:  # nothing is unpickled for a stranger
-            self._lines.opened(self, bytes(message[:_TOKEN_BYTES]), message[_TOKEN_BYTES:].decode(errors="replace"))
+            said = message.tobytes()
+            self._lines.opened(self, said[:_TOKEN_BYTES], said[_TOKEN_BYTES:].decode(errors="replace"))
         elif self._reply is not None and not self._reply.done():
-            reply = pickle.loads(message)
+            reply = pickle.loads(message, buffers=arrays)
             if isinstance(reply, Reply):
                 self._reply.set_result(reply)
             else:
@@ -120,7 +146,7 @@ class _Line(_Frames):
             raise LostError("", "ended its line")
         self._reply = asyncio.get_running_loop().create_future()
         try:
-            self.send(pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))
+            self.send_pickled(chunk)
             return await self._reply
         except asyncio.CancelledError:
             self.transport.abort()
@@ -259,8 +285,8 @@ class _Lent(_Frames):
         self._task: asyncio.Task[None] | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def received(self, message: bytearray) -> None:
-        self._task = asyncio.ensure_future(self._reply(pickle.loads(message)))
+    def received(self, message: memoryview, arrays: Sequence[memoryview]) -> None:
+        self._task = asyncio.ensure_future(self._reply(pickle.loads(message, buffers=arrays)))
 
     async def _reply(self, chunk: Chunk) -> None:
         result: Any
@@ -269,7 +295,7 @@ class _Lent(_Frames):
         except Exception as error:
             log.exception("a chunk failed")
             result = RuntimeError(f"{type(error).__name__}: {error}")  # any error: not all can be pickled
-        self.send(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+        self.send_pickled(result)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._task is not None:

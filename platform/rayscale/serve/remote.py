@@ -12,7 +12,6 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,6 +23,7 @@ from rayscale.observe import log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
 from rayscale.serve.course import Begin, T, Then
 from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.threads import Threads
 
 CHUNK_BYTES = 3 << 20  # the larger of what goes and what comes back; a larger tile goes alone
 _STALE_S = 10.0  # a backlog that was told so long ago says nothing
@@ -98,9 +98,7 @@ async def _run_tiles(engine: Engine, chunk: Chunk, deadline: float) -> tuple[U8,
     timing = await engine.run(
         chunk.digest, list(chunk.body), results.__setitem__, deadline=deadline, owner=chunk.request
     )
-    if len(results) == 1:
-        return results[0][None], timing  # not copied
-    return np.stack([results[index] for index in range(len(results))]), timing
+    return _stacked([results[index] for index in range(len(results))]), timing
 
 
 class RetryBudget:
@@ -203,12 +201,15 @@ class RemoteEngine:
 
         async def one(index: int) -> None:
             start = starts[index]
-            body = np.stack(tiles[start : start + count])
+            body = _stacked(tiles[start : start + count])
             chunk = Chunk(request=request, index=index, digest=digest, left_s=0.0, body=body)
             reply = await self._ask(chunk, deadline)
             self._waiting_s[request] -= tile_s * len(body)
             assert isinstance(reply.body, np.ndarray)
-            await _place(reply.body, start, place)
+            if len(tiles) == 1:  # it is kept, not copied
+                place(0, reply.body[0])
+            else:
+                await _place(reply.body, start, place)
             timings.append(reply.timing)
 
         began, tile_s = time.monotonic(), height * width * known.seconds_per_unit
@@ -218,7 +219,7 @@ class RemoteEngine:
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
 
     async def run_between(
-        self, digest: str, pool: Executor, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
     ) -> T | None:
         """As `Engine.run_between`."""
         loop = asyncio.get_running_loop()
@@ -314,6 +315,11 @@ async def _all(one: Callable[[int], Awaitable[None]], count: int, window: int) -
     finally:
         for worker in workers:
             worker.cancel()
+
+
+def _stacked(tiles: Sequence[U8]) -> U8:
+    """u8[h, w, c] of each -> u8[k, h, w, c]; one that lies in a piece is not copied."""
+    return np.ascontiguousarray(tiles[0])[None] if len(tiles) == 1 else np.stack(tiles)
 
 
 async def _place(results: U8, start: int, place: Place) -> None:

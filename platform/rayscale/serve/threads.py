@@ -9,9 +9,30 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+from rayscale.observe import log
+
 P = ParamSpec("P")
 T = TypeVar("T")
-_Task = tuple[Future[Any], Callable[[], Any]]
+
+
+class _Promised:
+    """A task with a future."""
+
+    def __init__(self, future: Future[Any], work: Callable[[], Any]) -> None:
+        self.future, self._work = future, work
+
+    def __call__(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._work()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+_Task = Callable[[], None]
 
 
 class Threads(Executor):
@@ -32,7 +53,17 @@ class Threads(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Raises: RuntimeError after `shutdown`."""
         future: Future[T] = Future()
-        task = future, partial(fn, *args, **kwargs)
+        self._put(_Promised(future, partial(fn, *args, **kwargs)))
+        return future
+
+    def start(self, work: Callable[[], None]) -> None:
+        """The same for work that tells of its end, and of its errors, itself: it needs no future.
+
+        Raises: RuntimeError after `shutdown`.
+        """
+        self._put(work)
+
+    def _put(self, task: _Task) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("no new tasks after shutdown")
@@ -44,7 +75,6 @@ class Threads(Executor):
                 self._threads[-1].start()
             else:
                 self._tasks.append(task)
-        return future
 
     def _next(self, thread: _Thread) -> None:
         """Give a thread its next task, now or when there is one."""
@@ -59,7 +89,7 @@ class Threads(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
             self._closed = True
-            cancelled = [future for future, _ in self._tasks] if cancel_futures else []
+            cancelled = [task.future for task in self._tasks if isinstance(task, _Promised)] if cancel_futures else []
             if cancel_futures:
                 self._tasks.clear()
             while self._idle:
@@ -84,14 +114,10 @@ class _Thread(threading.Thread):
 
     def run(self) -> None:
         while self._given.acquire() and self._task is not None:
-            (future, work), self._task = self._task, None  # an idle thread keeps nothing of its last task
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = work()
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
-                    del result
-            del future, work
+            task, self._task = self._task, None
+            try:
+                task()
+            except Exception:
+                log.exception("a task failed")
+            del task  # an idle thread keeps nothing of its last task
             self._done(self)

@@ -18,7 +18,7 @@ from rayscale.serve.answers import Answer, timing_header
 from rayscale.serve.batching import Timing, too_late
 from rayscale.serve.body import JSON, Body, json_parts, only
 from rayscale.serve.gateway import Gateway
-from rayscale.serve.intake import check_total, header_of
+from rayscale.serve.intake import check_total, opened, opened_all
 from rayscale.serve.methods import Measure, applicable, compared
 from rayscale.serve.table import Release
 
@@ -65,8 +65,8 @@ def _decode_all(gateway: Gateway, body: Body, release: Release, side_px: int) ->
     limits, spec = gateway.settings.limits, gateway.card(release, "embed").spec
     parts = body.parts({"image": gateway.settings.max_items})
     only(parts, "image")
-    check_total([header_of(data, limits, "image") for data in parts["image"]], limits)
-    return [shown(spec, picture.decode(data, limits).flat(), side_px) for data in parts["image"]]
+    files = opened_all(parts["image"], limits)
+    return [shown(spec, picture.decode_opened(file).flat(), side_px) for file in files]
 
 
 def shown(spec: Spec, rgb: U8, side_px: int) -> F32:
@@ -148,7 +148,7 @@ def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
     headers = []
     for pair in pairs:
         for name, data in zip("ab", pair, strict=True):
-            header = header_of(data, gateway.settings.limits, name)
+            header = opened(data, gateway.settings.limits, name).header
             headers.append(header)
             if header.width * header.height > gateway.settings.max_method_pixels:
                 rule = f"at most {gateway.settings.max_method_pixels} pixels are compared"
