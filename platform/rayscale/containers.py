@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import deflate
 
@@ -44,16 +45,26 @@ _PNG_NEEDED = frozenset(
     ]
 )
 _PNG_ONCE = frozenset([b"iCCP", b"eXIf"])
+_PNG_PLAIN = frozenset([b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB"])  # nobody here looks at the last three
+_PNG_FILTERS = 5  # 0 .. 4
+_IEND = b"\0\0\0\0IEND\xaeB`\x82"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset([0x01, *range(0xD0, 0xDA)])  # markers without a length
 _JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _PPM_LEVELS = re.compile(rb"P([56])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d+)" * 3 + rb"\s")
 
 
-def lean(kind: str, data: bytes, name: str, *, unpack: bool = False) -> bytes:
-    """The file without the parts that nobody reads; itself where there are none. `kind` is an `imaging.Format`.
+class Lean(NamedTuple):
+    """A file without the parts that nobody reads; itself where there are none."""
 
-    unpack: inflate a PNG's pixels here, where that is quicker than in the decoder. Its size has been checked.
+    data: bytes
+    plain: bool = False  # a PNG of 8-bit RGB and nothing else, made here of pixels that are all there: no damage
+
+
+def lean(kind: str, data: bytes, name: str, *, unpack: bool = False) -> Lean:
+    """`kind` is an `imaging.Format`. unpack: inflate a PNG's pixels here, where that is quicker than in the decoder.
+
+    Its size has been checked.
     Raises: ImageError where its structure alone would be the work. Damage is left for the decoder to find.
     """
     if kind == "png":
@@ -65,29 +76,33 @@ def lean(kind: str, data: bytes, name: str, *, unpack: bool = False) -> bytes:
     elif len(data) > MAX_SLOW and _decoded_in_python(kind, data):
         rule = f"at most {MAX_SLOW} bytes are read of a run-length BMP, or of a PPM whose maximum is not 255"
         raise ImageError(name, f"{kind.upper()} of {len(data)} bytes", rule, "send it as PNG")
-    return data
+    return Lean(data)
 
 
 def _too_many(name: str, what: str, most: int) -> ImageError:
     return ImageError(name, what, f"at most {most} are read", "save the picture again, without metadata")
 
 
-def _png(data: bytes, name: str, unpack: bool) -> bytes:
+def _png(data: bytes, name: str, unpack: bool) -> Lean:
     """Without other chunks, and 8-bit pixels that come in many in one: Pillow decodes each by a call of its own."""
     view = memoryview(data)
     kept: list[bytes | memoryview] = [data[:8]]
     pixels: list[memoryview] = []
     once: set[bytes] = set()
+    kinds: list[bytes] = []  # of what is kept, pixels once
+    runs: list[tuple[bytearray, list[bytes]]] = []  # of pixels: inflated where that was possible, and as a chunk
     unpacked = _unpacked_size(data) if unpack else 0
     at, count, most, changed = 8, 0, MAX_PARTS + len(data) // BYTES_PER_CHUNK, False
 
     def put_pixels() -> None:
         nonlocal pixels, changed, unpacked
         if pixels:
-            stored = _stored(pixels, unpacked)
-            kept.extend(_chunk(stored or pixels))
+            rows = _inflated(pixels, unpacked)
+            runs.append((rows, [*_chunk(_stored(rows) if rows else pixels)]))
+            kinds.append(b"IDAT")
+            kept.extend(runs[-1][1])
             # Pixels are one run of chunks: what comes after another chunk is not looked at, however much it would be.
-            changed, pixels, unpacked = changed or bool(stored), [], 0
+            changed, pixels, unpacked = changed or bool(rows), [], 0
 
     while at + 12 <= len(data):
         count += 1
@@ -102,14 +117,30 @@ def _png(data: bytes, name: str, unpack: bool) -> bytes:
             changed = True
         else:
             put_pixels()
+            kinds.append(kind)
             kept.append(view[at:end])
             once |= {kind} & _PNG_ONCE
         at = end
         if kind == b"IEND":
             break
     put_pixels()
+    if len(runs) == 1 and runs[0][0] and at == len(data) and _is_plain(data, kinds, runs[0][0]):
+        return Lean(b"".join((data[:33], *runs[0][1], _IEND)), plain=True)
     kept.append(view[at:])
-    return b"".join(kept) if changed or count > MANY_PARTS else data
+    return Lean(b"".join(kept) if changed or count > MANY_PARTS else data)
+
+
+def _is_plain(data: bytes, kinds: Sequence[bytes], rows: bytearray) -> bool:
+    """Of one run of pixels: whether they are all there is to see, and their rows are what a PNG may have."""
+    if not (
+        kinds[0] == b"IHDR" and kinds[-1] == b"IEND" and kinds.count(b"IHDR") == 1 and _PNG_PLAIN.issuperset(kinds)
+    ):
+        return False
+    width, _, bits, colour, packing, filtering, _ = struct.unpack_from(">IIBBBBB", data, 16)
+    whole = data[8:12] == b"\0\0\0\x0d" and deflate.crc32(data[12:29]).to_bytes(4, "big") == data[29:33]
+    if (bits, colour, packing, filtering) != (8, 2, 0, 0) or not whole:
+        return False
+    return max(rows[:: 1 + 3 * width]) < _PNG_FILTERS
 
 
 def _chunk(pixels: Sequence[bytes | memoryview]) -> Iterator[bytes]:
@@ -127,23 +158,27 @@ def _unpacked_size(data: bytes) -> int:
     return size if channels and bits <= 8 and not interlaced and size <= MAX_UNPACKED else 0
 
 
-def _stored(pixels: Sequence[memoryview], size: int) -> list[bytes | memoryview]:
-    """The same rows in a zlib stream that is not compressed: libdeflate takes half the time of the decoder's inflate.
+def _inflated(pixels: Sequence[memoryview], size: int) -> bytearray:
+    """The filtered rows: libdeflate takes half the time of the decoder's inflate.
 
     Nothing where the stream is not exactly such rows: the decoder then says what is wrong, or forgives it.
     """
     packed = pixels[0] if len(pixels) == 1 else b"".join(pixels)
     if not 0 < size <= MAX_RATIO * len(packed):
-        return []
+        return bytearray()
     try:
-        rows = memoryview(deflate.zlib_decompress(packed, size))
+        rows = deflate.zlib_decompress(packed, size)
     except deflate.DeflateError:
-        return []
-    if len(rows) != size:
-        return []
+        return bytearray()
+    return rows if len(rows) == size else bytearray()
+
+
+def _stored(rows: bytearray) -> list[bytes | memoryview]:
+    """In a zlib stream that is not compressed."""
+    view, size = memoryview(rows), len(rows)
     stored: list[bytes | memoryview] = [b"\x78\x01"]
     for start in range(0, size, _STORED):
-        block = rows[start : start + _STORED]
+        block = view[start : start + _STORED]
         stored += [struct.pack("<BHH", start + _STORED >= size, len(block), len(block) ^ 0xFFFF), block]
     return [*stored, deflate.adler32(rows).to_bytes(4, "big")]
 

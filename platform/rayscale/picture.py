@@ -80,6 +80,8 @@ def decode_opened(file: Lazy) -> Picture:
     """As `decode`, what was opened before, once: Pillow's copy of the pixels goes. Raises: as it."""
     file = file.opened()
     picture, header, name = file.picture, file.header, file.name
+    if picture is None:
+        return Picture(imaging.plain_rgb(file))
     check_kept(header, name)
     with imaging.hostile(name, header.format):
         picture.load()  # damage is found here, before the other codec prints about it
@@ -130,7 +132,7 @@ def _deep(data: bytes, picture: ImageFile, header: Header) -> Picture:
     if header.format == "ppm":
         found: Any = _ppm(data, picture)
     else:
-        lean = containers.lean(header.format, data, "image")  # OpenCV unpacks texts too
+        lean = containers.lean(header.format, data, "image").data  # OpenCV unpacks texts too
         found = cv2.imdecode(np.frombuffer(lean, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is None or found.dtype != np.uint16:
         raise ValueError("its 16 bits could not be read")

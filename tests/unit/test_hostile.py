@@ -516,11 +516,11 @@ def test_mutated_bodies_never_make_an_error_of_ours(wary: Target, data: bytes) -
 @hypothesis.given(data=mutated(), kind=st.sampled_from(["png", "jpeg", "tiff", "bmp", "ppm"]))
 def test_the_structure_of_any_bytes_is_judged(data: bytes, kind: str) -> None:
     try:
-        lean = containers.lean(kind, data, "image")
+        lean = containers.lean(kind, data, "image").data
     except ImageError:
         return
     assert len(lean) <= len(data)
-    assert containers.lean(kind, lean, "image") == lean
+    assert containers.lean(kind, lean, "image").data == lean
 
 
 # --- a long day

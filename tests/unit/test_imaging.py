@@ -24,8 +24,10 @@ from rayscale.imaging import (
     Header,
     Limits,
     Media,
+    decode_gray,
     decode_rgb,
     encode,
+    open_lazily,
     panel,
     read_header,
     to_hwc_u8,
@@ -188,7 +190,7 @@ def test_pixels_that_are_unpacked_before_the_decoder_are_the_same(
     rng = np.random.default_rng(noise)
     picture = Image.fromarray(rng.integers(0, noise + 1, (*sides, 3), np.uint8)).convert(mode)
     data = saved(picture, "PNG", compress_level=level)
-    unpacked = containers.lean("png", data, "image", unpack=True)
+    unpacked = containers.lean("png", data, "image", unpack=True).data
     assert len(unpacked) > len(picture.tobytes())  # the path is taken
     for read in (data, unpacked):
         again = Image.open(io.BytesIO(read))
@@ -202,7 +204,7 @@ def test_pixels_that_stand_in_a_file_many_times_are_unpacked_once() -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1000, 1000, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(bytes(1000 * 3001), 9))
     data = b"\x89PNG\r\n\x1a\n" + header + (pixels + chunk(b"sRGB", b"\0")) * 50 + chunk(b"IEND", b"")
-    lean = containers.lean("png", data, "image", unpack=True)
+    lean = containers.lean("png", data, "image", unpack=True).data
     assert 3_001_000 < len(lean) < 3_001_000 + len(data) + 1000
     assert not decode_rgb(data).any()
 
@@ -221,7 +223,64 @@ def test_pixels_that_are_not_plain_rows_are_left_to_the_decoder(case: str) -> No
         height = 10_000
     header = struct.pack(">IIBBBBB", 8, height, bits, 2, 0, 0, interlaced)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    assert containers.lean("png", data, "image", unpack=True) == data
+    assert containers.lean("png", data, "image", unpack=True).data == data
+
+
+@hypothesis.given(
+    sides=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    filters=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    beside=st.sampled_from([b"", chunk(b"sRGB", b"\0"), chunk(b"gAMA", struct.pack(">I", 100_000))]),
+)
+def test_a_plain_png_is_what_pillow_makes_of_it(
+    sides: tuple[int, int], filters: list[int], seed: int, beside: bytes
+) -> None:
+    """Whatever its rows hold: each byte string is some picture under each filter."""
+    height, width = sides
+    rows = np.random.default_rng(seed).integers(0, 256, (height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = np.resize(filters, height)
+    data = png_of(width, height, zlib.compress(rows.tobytes()), beside=beside)
+    assert containers.lean("png", data, "image", unpack=True).plain
+    expected = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(decode_rgb(data), np.asarray(expected))
+    np.testing.assert_array_equal(decode_gray(data)[0], np.asarray(expected.convert("L")))
+    assert open_lazily(data, Limits(), "image").header == read_header(data)
+    assert decode_gray(data)[1] == read_header(data)
+
+
+def png_of(width: int, height: int, pixels: bytes, kind: bytes = b"\x08\2\0\0\0", beside: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">II", width, height) + kind)
+    return b"\x89PNG\r\n\x1a\n" + header + beside + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+_ROWS = zlib.compress(bytes(24 * 25))
+_PLAIN = png_of(8, 24, _ROWS)
+NOT_PLAIN = {  # and whether Pillow takes them
+    "an unknown filter": (png_of(8, 24, zlib.compress(bytes(23 * 25) + b"\5" + bytes(24))), False),
+    "a colour that is seen through": (png_of(8, 24, _ROWS, beside=chunk(b"tRNS", bytes(6))), True),
+    "a direction": (png_of(8, 24, _ROWS, beside=chunk(b"eXIf", b"MM\0\x2a\0\0\0\x08" + bytes(6))), True),
+    "a profile": (png_of(8, 24, _ROWS, beside=chunk(b"iCCP", b"p\0\0" + zlib.compress(b"x" * 200))), True),
+    "gray": (png_of(24, 24, _ROWS, b"\x08\0\0\0\0"), True),
+    "another packing": (png_of(8, 24, _ROWS, b"\x08\2\1\0\0"), True),
+    "another filtering": (png_of(8, 24, _ROWS, b"\x08\2\0\1\0"), False),
+    "bytes behind its end": (_PLAIN + b"PK", True),
+    "no end": (_PLAIN[:-12], True),
+    "two headers": (png_of(8, 24, _ROWS, beside=_PLAIN[8:33]), True),
+    "two runs of pixels": (_PLAIN[:-12] + chunk(b"sRGB", b"\0") + _PLAIN[33:], True),
+    "a wrong checksum of its header": (_PLAIN[:29] + b"abcd" + _PLAIN[33:], False),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_a_png_with_more_to_it_is_left_to_pillow(case: str) -> None:
+    assert containers.lean("png", _PLAIN, "image", unpack=True).plain  # negative control
+    data, fine = NOT_PLAIN[case]
+    assert not containers.lean("png", data, "image", unpack=True).plain
+    if fine:
+        assert decode_rgb(data).shape == (*Image.open(io.BytesIO(data)).convert("RGB").size[::-1], 3)
+    else:
+        with pytest.raises(ImageError):
+            decode_rgb(data)
 
 
 @pytest.mark.parametrize("case", LOSSY)
