@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import math
@@ -242,6 +243,7 @@ def bind(card: ModelCard, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]
     return sizes
 
 
+@functools.cache
 def axis_of(axis: int | str) -> tuple[int, str]:
     """An axis of a TensorSpec as (factor, free name): "2*h" -> (2, "h"), "n" -> (1, "n"), 3 -> (3, "")."""
     if isinstance(axis, int):

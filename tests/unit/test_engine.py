@@ -227,10 +227,10 @@ def test_the_dead_are_never_taken() -> None:
     late, gone, alive = job(1, deadline=5.0), job(2), job(3, deadline=5.1)
     for j in (late, gone, alive):
         queue.put(j)
-    gone.future.cancel()
+    gone.end.cancel()
     assert queue.cost_s() == pytest.approx(2 * 64 * 1e-3)
     assert taken(queue, now=5.0) == [[3]]
-    assert isinstance(late.future.exception(), UnavailableError)
+    assert isinstance(late.end.error, UnavailableError)
 
 
 # --- the engine

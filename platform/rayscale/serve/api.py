@@ -9,12 +9,14 @@ from contextlib import AbstractAsyncContextManager
 from fastapi import Depends, FastAPI, Response
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
+from starlette.types import ASGIApp
 
 from rayscale import __version__
 from rayscale.serve import pages, playground, problems, routes_models, routes_pictures, routes_vectors
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.keys import Guard
 from rayscale.serve.lean import Lane
+from rayscale.serve.problems import Envelope
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -27,10 +29,17 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
         telemetry=dict.fromkeys(("tracing", "metrics", "logs"), traced),
     )  # fmt: skip
     keys, routers = gateway.settings.keys, [r.routes(gateway) for r in (routes_pictures, routes_vectors, routes_models)]
-    app.add_middleware(Lane, routers=routers, owner=app)
-    if keys:
-        app.add_middleware(Guard, keys=keys)  # within what follows: a refusal is a problem, and counted
-    problems.install(app, gateway.meters, behind_ray=behind_ray)
+    problems.install(app)
+    stack = app.build_middleware_stack
+
+    def around() -> ASGIApp:
+        inner: ASGIApp = Lane(stack(), routers, app.exception_handlers)
+        if keys:
+            inner = Guard(inner, keys)  # within what follows: a refusal is a problem, and counted
+        return Envelope(inner, gateway.meters, behind_ray)
+
+    app.build_middleware_stack = around  # type: ignore[method-assign]  # `add_middleware` goes within Starlette's own
+    pages_of_it = app.router.routes.copy()
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page: the guard has looked already
     for router in routers:
         app.include_router(router, dependencies=locked)
@@ -46,4 +55,5 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
         gateway.check_ready()
         return Response("ok\n", media_type="text/plain")
 
+    app.router.routes[:] = [*app.router.routes[len(pages_of_it) :], *pages_of_it]  # Ray looks names up in this order
     return app

@@ -11,8 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -23,6 +21,7 @@ from rayscale import imaging
 from rayscale.artifact import Abort
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, RayscaleError, UnavailableError
+from rayscale.serve.promise import Promise
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -101,14 +100,14 @@ Place = Callable[[int, U8], None]
 
 @dataclass(eq=False, kw_only=True)
 class Job(ABC):
-    """Work of one request. Its future's end (result, error, cancellation) ends the job."""
+    """Work of one request. What ends its promise (result, error, cancellation) ends the job."""
 
     model: Model
     deadline: float  # on the engine's clock
     owner: str = ""  # the request, where it comes as several jobs: they take one turn together
     started: float = 0.0
     run_s: float = 0.0
-    future: Future[Timing] = field(default_factory=Future)
+    end: Promise[Timing] = field(default_factory=Promise)
     taken: int = 0
     finished: int = 0
     alone: bool = True  # no other job was in its batches
@@ -145,13 +144,9 @@ class Job(ABC):
 
     def alive(self, now: float) -> bool:
         """Whether anyone still waits for it. A job whose next item would end past its deadline is failed here."""
-        if not self.future.done() and now + self.item_s >= self.deadline:
-            self.fail(too_late())
-        return not self.future.done()
-
-    def fail(self, error: BaseException) -> None:
-        with suppress(InvalidStateError):  # it was cancelled in this very moment
-            self.future.set_exception(error)
+        if not self.end.done and now + self.item_s >= self.deadline:
+            self.end.fail(too_late())
+        return not self.end.done
 
 
 @dataclass(eq=False, kw_only=True)
@@ -177,7 +172,7 @@ class TileJob(Job):
 
 @dataclass(eq=False, kw_only=True)
 class CallJob(Job):
-    """One run of a function of any kind, alone in its batch; `outputs` are there when its future is done."""
+    """One run of a function of any kind, alone in its batch; `outputs` are there when it has ended."""
 
     inputs: Mapping[str, F32]
     outputs: dict[str, F32] = field(default_factory=dict)
@@ -265,7 +260,7 @@ class Queue:
 
     def cost_s(self) -> float:
         """Estimated device time of all that waits, seconds."""
-        return sum((job.waiting_s for jobs in self._circle for job in jobs if not job.future.done()), 0.0)
+        return sum((job.waiting_s for jobs in self._circle for job in jobs if not job.end.done), 0.0)
 
     def drain(self) -> list[Job]:
         drained = [job for jobs in self._circle for job in jobs]

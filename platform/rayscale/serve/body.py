@@ -17,6 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError, nearest
+from rayscale.serve.lean import header
 
 T = TypeVar("T")
 
@@ -46,9 +47,9 @@ class Body:
 
         Raises: ConfigError (no such part, too many, broken JSON), MediaTypeError, ImageError for broken base64.
         """
-        if self.kind == FORM:
+        if (kind := self.kind) == FORM:
             found = _form(self.data, self.content_type, sum(most.values()))
-        elif self.kind == JSON:
+        elif kind == JSON:
             return json_parts(self.json(), most)
         else:
             found = [(next(iter(most)), self.data)]
@@ -157,16 +158,16 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
 
     Raises: TooLargeError, before reading it where its length is declared; MediaTypeError; HTTPException 408.
     """
-    if encoding := request.headers.get("content-encoding"):
+    if encoding := header(request.scope, b"content-encoding"):
         raise MediaTypeError("Content-Encoding", encoding, "bodies are not compressed", "send the picture as it is")
-    body = Body(b"", request.headers.get("content-type", ""))
-    if body.kind.startswith("multipart/") and body.kind != FORM:
-        raise MediaTypeError("Content-Type", body.kind, f"of multipart, {FORM} is read", _SHOW)
-    if body.kind == FORM:
+    body = Body(b"", header(request.scope, b"content-type"))
+    if (kind := body.kind) == FORM:
         max_bytes += _BESIDE
-    elif body.kind == JSON:
+    elif kind == JSON:
         max_bytes += max_bytes // 3 + _BESIDE
-    declared = request.headers.get("content-length", "")
+    elif kind.startswith("multipart/"):
+        raise MediaTypeError("Content-Type", kind, f"of multipart, {FORM} is read", _SHOW)
+    declared = header(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_long(int(declared), max_bytes)
     chunks, size = [], 0

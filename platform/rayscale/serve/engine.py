@@ -13,8 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -207,7 +206,8 @@ class Engine:
                              settings.memory_bytes)  # fmt: skip
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._queue = Queue(settings.max_batch)
-        self._wake = threading.Condition()  # guards the queue and what follows
+        self._lock = threading.Lock()  # of the queue and what follows
+        self._wake = threading.Condition(self._lock)
         self._closed = False
         self._taken = False  # somebody runs a batch: the device's thread, or who found the device free
         self._busy_until = 0.0
@@ -268,7 +268,7 @@ class Engine:
 
     def backlog_s(self) -> float:
         """Estimated seconds until the device has done all that is asked of it now."""
-        with self._wake:
+        with self._lock:
             return self._queue.cost_s() + max(0.0, self._busy_until - time.monotonic())
 
     def cost_s(self, digest: str, units: int) -> float:
@@ -313,7 +313,7 @@ class Engine:
             try:
                 follow(tiled, done.result(), lead=False)
             except Exception as error:
-                course.fail(error)
+                course.end.fail(error)
 
         def follow(tiled: Tiled, model: Model, *, lead: bool) -> None:
             job = TileJob(model=model, tiles=tiled.tiles, place=tiled.place, deadline=deadline)
@@ -322,7 +322,7 @@ class Engine:
         timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), course.late)
         try:
             course.start(begin, enter)
-            return await asyncio.wrap_future(course.end)
+            return await course.end.wait()
         finally:
             timer.cancel()
 
@@ -349,49 +349,51 @@ class Engine:
     async def _finish(self, job: Job) -> Timing:
         """Queue a job and wait for it."""
         self._put(job)
-        timer = asyncio.get_running_loop().call_later(job.deadline - time.monotonic(), job.fail, too_late())
+        timer = asyncio.get_running_loop().call_later(job.deadline - time.monotonic(), job.end.fail, too_late())
         try:
-            return await asyncio.wrap_future(job.future)
+            return await job.end.wait()
         finally:
             timer.cancel()
 
     def _put(self, job: Job, *, lead: bool = False) -> bool:
         """Queue a job, or with `lead` run it here where that is quick and nobody else is there. Whether it was."""
         job.started = time.monotonic()
-        job.future.add_done_callback(self._stop_if_idle)
-        with self._wake:
+        job.end.then(self._stop_if_idle)
+        with self._lock:
             if self._closed:
                 raise _closed()
             quick = job.count == 1 and job.item_s <= _LEAD_S and job.model.session.provider == artifact.CPU
-            lead = lead and quick and not self._taken and not self._queue
-            self._queue.put(job)
-            if not lead:
+            if not (lead and quick) or self._taken or self._queue:
+                self._queue.put(job)
                 if not self._taken:  # who has the device looks for more at its end
                     self._wake.notify()
                 return False
-            if not (batch := self._take()):  # its deadline has passed
+            if not job.alive(job.started):
                 return True
+            job.taken = 1
+            batch = [(job, 0)]
+            self._hold(batch, job.started)
         try:
             self._run(batch)
         finally:
-            with self._wake:
+            with self._lock:
                 self._give_back()
                 if self._queue or self._closed:
                     self._wake.notify()
         return True
 
-    def _stop_if_idle(self, _: Future[Timing] | None = None) -> None:
+    def _stop_if_idle(self) -> None:
         """Abort the running batch when nobody waits for any of it."""
         running = self._running
-        if running is not None and all(job.future.done() for job, _ in running[0]):
+        if running is not None and all(job.end.done for job, _ in running[0]):
             running[1].now()
 
     def close(self) -> None:
         """Finish the running batch, refuse the rest, end the thread."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             for job in self._queue.drain():
-                job.fail(_closed())
+                job.end.fail(_closed())
             self._wake.notify()
         self._thread.join()
         self._loader.shutdown(wait=False, cancel_futures=True)
@@ -400,13 +402,13 @@ class Engine:
 
     def _work(self) -> None:
         while True:
-            with self._wake:
+            with self._lock:
                 while self._taken or not (batch := self._take()):
                     if self._closed and not self._taken:
                         return
                     self._wake.wait()
             self._run(batch)
-            with self._wake:
+            with self._lock:
                 self._give_back()
             del batch  # an idle thread must not keep the last request's pictures
 
@@ -414,8 +416,11 @@ class Engine:
         """The next batch, and the device with it."""
         now = time.monotonic()
         if batch := self._queue.take(now):
-            self._taken, self._busy_until = True, now + sum(job.item_s for job, _ in batch)
+            self._hold(batch, now)
         return batch
+
+    def _hold(self, batch: list[Item], now: float) -> None:
+        self._taken, self._busy_until = True, now + sum([job.item_s for job, _ in batch])
 
     def _give_back(self) -> None:
         self._taken, self._busy_until = False, 0.0
@@ -430,10 +435,10 @@ class Engine:
             if len(batch) == 1:
                 if not isinstance(error, UserError | UnavailableError):
                     self._count(batch[0][0], ok=False)
-                batch[0][0].fail(error)
+                batch[0][0].end.fail(error)
                 return
             for item in batch:  # a poison tile fails its own request only
-                if not item[0].future.done():
+                if not item[0].end.done:
                     self._run([item])
             return
         finally:
@@ -448,8 +453,7 @@ class Engine:
             job.finished += 1
             if job.finished == job.count:
                 self._count(job, ok=True)
-                with suppress(InvalidStateError):  # it was cancelled in this very moment
-                    job.future.set_result(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
+                job.end.keep(Timing(max(0.0, now - job.started - job.run_s), job.run_s))
 
 
 def _measure(model: Model, settings: EngineSettings) -> Model:

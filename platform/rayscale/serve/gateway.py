@@ -110,6 +110,7 @@ class Gateway:
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._waiting = 0
         self._admission = Admission(settings.timeout_s)
+        self._defaults: tuple[Table, dict[tuple[object, ...], str]] = Table(), {}  # found so far, in this table
 
     def close(self) -> None:
         self.engine.close()
@@ -133,7 +134,8 @@ class Gateway:
             release = known[model]
         else:
             route = route_of(model) if model else self._default(table, role, scale)
-            release = table.pick(route, draw(route, who))
+            alone = len(table.routes.get(route, ())) == 1
+            release = table.pick(route, 0.0 if alone else draw(route, who))
         if (card := self._known_card(release.digest)) is not None:
             _check(card, release, role, scale)
         return release
@@ -151,17 +153,24 @@ class Gateway:
             return None
 
     def _default(self, table: Table, role: Role, scale: int | None) -> str:
+        if self._defaults[0] is not table:
+            self._defaults = table, {}
+        known, key = self._defaults[1], (role, scale, self.settings.default_model)
+        if key in known:
+            return known[key]
         cards = {route: self._known_card(shares[0][0]) for route, shares in table.routes.items()}
         fitting = [r for r, card in cards.items() if card is None or _fits(card.spec, role, scale)]
         wanted = route_of(self.settings.default_model) if self.settings.default_model else ""
         if wanted in fitting or (wanted and wanted not in table.routes):
-            return wanted
+            fitting = [wanted]
         if not fitting:
             by = f" by {scale}" if scale else ""
             raise MissingError("model", "(none)", f"no model that is for {role}{by} is served here", "see /v1/models")
         if len(fitting) > 1:
             raise ConfigError("model", "(none)", "several models are served for this and none is the default",
                               nearest("", fitting))  # fmt: skip
+        if all(cards.values()):
+            known[key] = fitting[0]
         return fitting[0]
 
     def card(self, release: Release, role: Role, scale: int | None = None) -> ModelCard:

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rayscale import storage
 from rayscale.errors import ConfigError
+from rayscale.serve.lean import header
 from rayscale.serve.problems import problem
 
 ENVIRONMENT = "RAYSCALE_API_KEYS"
@@ -120,7 +120,7 @@ class Guard:
         if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
             await self.app(scope, receive, send)
             return
-        scheme, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, secret = header(scope, b"authorization").partition(" ")
         use = self._uses.get(hashlib.sha256(secret.strip().encode("latin-1", "replace")).hexdigest())
         if scheme.lower() != "bearer" or use is None:
             shown = "(none)" if not secret else "a key that is not known"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import pydantic
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,7 +32,7 @@ class LeanRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             query = _read(query_type, request) if request.scope["query_string"] else nothing
-            answer: Response = await endpoint(request, query, request.headers.get("accept", "*/*"))
+            answer: Response = await endpoint(request, query, header(request.scope, b"accept") or "*/*")
             return answer
 
         self.handler = handle
@@ -40,10 +40,13 @@ class LeanRoute(APIRoute):
 
 
 class Lane:
-    """ASGI middleware, the innermost: the lean routes of these routers by one look at a table."""
+    """ASGI middleware: the lean routes of these routers by one look at a table, past what FastAPI puts around others.
 
-    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter], owner: FastAPI) -> None:
-        self.app, self._errors = app, owner.exception_handlers
+    `errors`: what answers an exception, by its class, as FastAPI has them.
+    """
+
+    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter], errors: Mapping[Any, Callable[..., Any]]) -> None:
+        self.app, self._errors = app, errors
         self._routes: dict[tuple[str, str], tuple[APIRoute, Handler]] = {}
         for route in (route for router in routers for route in router.routes):
             if isinstance(route, LeanRoute) and route.handler is not None:
@@ -62,8 +65,16 @@ class Lane:
             told = next((self._errors[kind] for kind in type(error).__mro__ if kind in self._errors), None)
             if told is None:
                 raise
-            response = told(request, error)  # type: ignore[assignment]
+            response = told(request, error)
         await response(scope, receive, send)
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """The first of that name, in lower case; "" where there is none."""
+    found: dict[bytes, bytes] | None = scope.get("rayscale.headers")
+    if found is None:
+        found = scope["rayscale.headers"] = dict(reversed(scope["headers"]))
+    return found.get(name, b"").decode("latin-1")
 
 
 def _read(query_type: type[pydantic.BaseModel], request: Request) -> pydantic.BaseModel:

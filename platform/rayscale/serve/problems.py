@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayscale.errors import RayscaleError, UnavailableError, UserError
 from rayscale.observe import log
+from rayscale.serve.lean import header
 from rayscale.serve.meters import Meters
 
 REQUEST_ID = "X-Request-Id"
@@ -52,16 +53,12 @@ class BusyError(UnavailableError):
         self.retry_after_s = retry_after_s
 
 
-def install(app: FastAPI, meters: Meters, *, behind_ray: bool) -> None:
-    """Make `app` answer every error as a problem, and count what it answers.
-
-    `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's, and cancels those whose
-    clients hang up.
-    """
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error as a problem."""
     app.add_exception_handler(RayscaleError, _on_ours)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_middleware(_Envelope, meters=meters, behind_ray=behind_ray)
+    app.add_exception_handler(Exception, _internal)
 
 
 def problem(
@@ -127,8 +124,12 @@ def _internal(request: Request, error: Exception) -> Response:
     return problem(request, 500, "internal", detail)
 
 
-class _Envelope:
-    """Around every request, errors included: the request id in and out, the status and the time into the metrics."""
+class Envelope:
+    """Around every request, errors included: the request id in and out, the status and the time into the metrics.
+
+    `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's, and cancels those whose
+    clients hang up.
+    """
 
     def __init__(self, app: ASGIApp, meters: Meters, behind_ray: bool) -> None:
         self.app, self.meters, self.behind_ray = app, meters, behind_ray
@@ -137,25 +138,28 @@ class _Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        given = header(scope, b"x-request-id")
         request_id = given if self.behind_ray or _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         scope["rayscale.request_id"], scope[WATCHED] = request_id, self.behind_ray
-        started, status = time.monotonic(), CLIENT_GONE
+        started, status, complete = time.monotonic(), CLIENT_GONE, False
 
         async def send_named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if not self.behind_ray:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            else:
+                complete = not message.get("more_body", False)
             await send(message)
 
         try:
             await self.app(scope, receive, send_named)
         except Exception as error:
-            if status != CLIENT_GONE:  # half of the answer is out
+            if status == CLIENT_GONE:
+                await _internal(Request(scope), error)(scope, receive, send_named)
+            elif not complete:  # half of the answer is out; one that says what failed is raised once more
                 raise
-            await _internal(Request(scope), error)(scope, receive, send_named)
         finally:
             route = getattr(scope.get("route"), "path", "(none)")
             model = scope.get("rayscale.model", "")
