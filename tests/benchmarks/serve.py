@@ -1,6 +1,6 @@
 """What serving costs: our one and two tiers beside a bare ONNX Runtime loop and Starlette with a pool of threads.
 
-python tests/benchmarks/serve.py [--only bare,threads,floor,one,two,batcher] [--sizes 64,512,2mp] [--rounds 3]
+python tests/benchmarks/serve.py [--only threads,floor,one,two,batcher] [--sizes 64,512,2mp] [--rounds 3]
                                  [--concurrency 1,8,32] [--requests 2000] [--proxy haproxy|python]
                                                                             # the last line is one JSON object
 
@@ -15,9 +15,10 @@ client run on the same cores as the system: neither is moved out of its way. `fl
 application that reads the body and answers the right bytes without any work; `floor two`: it also asks a second
 deployment, with the bytes that go and come between our tiers. That is Ray Serve's share of an overhead.
 
-`*_overhead_ms_12kb` is ours less the bare loop's, the median over the concurrencies; `fraction_of_bare_*` bare CPU /
-ours: on a shared machine wall times mean little; images a second stand in the table. Systems take turns, `--rounds`
-times, and the medians count. `batcher_over_serve_batch`: answers a second of our queue and of `@serve.batch`, 50
+The bare loop takes 1.3 to 1.9 ms within one hour on a shared machine, so it runs before and after every cell, whole
+and in tiles: `*_overhead_ms_12kb` is ours less that, `fraction_of_bare_*` that over ours, the medians over all
+concurrencies and rounds. Wall times mean little there; images a second stand in the table. Systems take turns,
+`--rounds` times. `batcher_over_serve_batch`: answers a second of our queue and of `@serve.batch`, 50
 requests a second on a simulated device that takes 100 ms for up to eight at once.
 """
 
@@ -41,7 +42,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -139,6 +140,8 @@ class Cell:
     per_s: float
     idle_ms: float = 0.0  # CPU-ms a second that the system uses without requests
     parts: dict[str, float] = field(default_factory=dict)  # CPU-ms of one request by kind of process
+    bare_ms: float = 0.0  # the bare loop's, just before and after
+    tiled_ms: float = 0.0  # the same in tiles
 
 
 def cpu_seconds() -> dict[str, float]:
@@ -179,8 +182,8 @@ def kind_of(title: str) -> str:
     return next((kind for pattern, kind in KINDS.items() if re.search(pattern, title)), "server")
 
 
-def bare(work: Callable[[artifact.Session, bytes], bytes], folder: Path, size: str) -> Cell:
-    session, data, count = artifact.load(folder, threads=1), body(size), REQUESTS[size]
+def bare(work: Callable[[artifact.Session, bytes], bytes], session: artifact.Session, size: str) -> Cell:
+    data, count = body(size), max(2, REQUESTS[size] // 4)
     for _ in range(1 + count // 10):
         work(session, data)
     cpu, started = time.process_time(), time.monotonic()
@@ -473,18 +476,27 @@ def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, flo
         found = f"{cell.cpu_ms:9.2f} CPU-ms {cell.per_s:9.1f}/s   {parts}"
         if parts:
             found += f"; idle {cell.idle_ms:.0f} ms/s"
+        if cell.bare_ms:
+            found += f"; bare {cell.bare_ms:.2f}, tiled {cell.tiled_ms:.2f}"
         print(f"{system:10} {size:>4} x{concurrency:<3} {found}", flush=True)
 
-    def serve_one(system: str, port: int) -> None:
-        for size in given.sizes:
+    def beside(size: str) -> tuple[float, float]:
+        """The bare loop, now."""
+        cells = [bare(work, session, size) for work in (whole, tiled)]
+        for name, cell in zip(("bare", "bare tiled"), cells, strict=True):
+            table.setdefault(name, {}).setdefault(f"{size} x1", []).append(cell)
+        return cells[0].cpu_ms, cells[1].cpu_ms
+
+    def serve_one(system: str, port: int, sizes: list[str] = given.sizes) -> None:
+        for size in sizes:
+            before = beside(size)
             for concurrency in given.concurrency:
-                note(system, size, concurrency, load(port, size, concurrency, wanted[size]))
+                cell, after = load(port, size, concurrency, wanted[size]), beside(size)
+                means = [sum(pair) / 2 for pair in zip(before, after, strict=True)]
+                note(system, size, concurrency, replace(cell, bare_ms=means[0], tiled_ms=means[1]))
+                before = after
 
     for number in range(given.rounds):
-        if "bare" in given.only:
-            for size in given.sizes:
-                note("bare", size, 1, bare(whole, folder, size))
-                note("bare tiled", size, 1, bare(tiled, folder, size))
         if "threads" in given.only:
             with threads_server(folder) as port:
                 serve_one("threads", port)
@@ -492,8 +504,7 @@ def measure(given: argparse.Namespace, root: Path) -> tuple[Table, dict[str, flo
         for which in ("one", "two"):
             if "floor" in given.only and (size := given.sizes[0]):
                 with cluster(given.proxy), floor(which, size, wanted[size]) as port:
-                    for concurrency in given.concurrency:
-                        note(f"floor {which}", size, concurrency, load(port, size, concurrency, wanted[size]))
+                    serve_one(f"floor {which}", port, [size])
             if which in given.only:
                 with cluster(given.proxy), tiers(which, folder, state / which) as port:
                     serve_one(which, port)
@@ -509,20 +520,24 @@ def summary(table: Table, batches: dict[str, float]) -> dict[str, Any]:
     rate = {s: {cell: median(c.per_s for c in found) for cell, found in cells.items()} for s, cells in table.items()}
     out: dict[str, Any] = {}
 
-    def at(system: str, size: str) -> float | None:
-        cells = [value for cell, value in cpu.get(system, {}).items() if cell.startswith(f"{size} ")]
-        return median(cells) if cells else None
-
-    def put(name: str, left: float | None, right: float | None, how: Callable[[float, float], float]) -> None:
-        if left is not None and right is not None:
-            out[name] = round(how(left, right), 3)
+    def put(name: str, system: str, size: str, figure: Callable[[Cell], float]) -> None:
+        cells = [
+            figure(c) for cell, found in table.get(system, {}).items() for c in found if cell.startswith(f"{size} ")
+        ]
+        if cells:
+            out[name] = round(median(cells), 3)
 
     for which in ("one", "two"):
-        put(f"{which}_tier_overhead_ms_12kb", at(which, "64"), at("bare", "64"), lambda a, b: a - b)
-        put(f"{which}_tier_floor_ms_12kb", at(f"floor {which}", "64"), 0.0, lambda a, b: a - b)
-    put("fraction_of_bare_same_tiles", at("bare tiled", "2mp"), at("one", "2mp"), lambda a, b: a / b)
-    put("fraction_of_bare_whole_512px", at("bare", "512"), at("one", "512"), lambda a, b: a / b)
-    put("batcher_over_serve_batch", batches.get("ours"), batches.get("builtin"), lambda a, b: a / b)
+        put(f"{which}_tier_overhead_ms_12kb", which, "64", lambda c: c.cpu_ms - c.bare_ms)
+        put(f"{which}_tier_floor_ms_12kb", f"floor {which}", "64", lambda c: c.cpu_ms)
+    put("threads_overhead_ms_12kb", "threads", "64", lambda c: c.cpu_ms - c.bare_ms)
+    for size in ("512", "2mp"):
+        put(f"two_tier_overhead_ms_{size}", "two", size, lambda c: c.cpu_ms - c.bare_ms)
+    put("two_tier_overhead_ms_2mp_tiled", "two", "2mp", lambda c: c.cpu_ms - c.tiled_ms)
+    put("fraction_of_bare_same_tiles", "one", "2mp", lambda c: c.tiled_ms / c.cpu_ms)
+    put("fraction_of_bare_whole_512px", "one", "512", lambda c: c.bare_ms / c.cpu_ms)
+    if batches:
+        out["batcher_over_serve_batch"] = round(batches["ours"] / batches["builtin"], 3)
     out["table"] = {
         system: {cell: {"cpu_ms": round(ms, 2), "per_s": round(rate[system][cell], 1)} for cell, ms in cells.items()}
         for system, cells in cpu.items()
@@ -532,7 +547,7 @@ def summary(table: Table, batches: dict[str, float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, sizes = ("bare", "threads", "floor", "one", "two", "batcher"), tuple(SIZES)
+    parts, sizes = ("threads", "floor", "one", "two", "batcher"), tuple(SIZES)
     parser.add_argument("--only", type=lambda text: names(text, parts), default=list(parts))
     parser.add_argument("--sizes", type=lambda text: names(text, sizes), default=list(sizes))
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
