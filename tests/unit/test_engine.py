@@ -662,6 +662,53 @@ def test_what_follows_the_tiles_ends_as_they_do(start: Callable[..., Engine], po
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["there", "elsewhere", "refused", "cancelled"])
+def test_who_looks_first_says_where_the_rest_is_done(start: Callable[..., Engine], pool: Threads, how: str) -> None:
+    session, where, go = FakeSession(), list[str](), threading.Event()
+    engine = start(session)
+
+    def note() -> None:
+        where.append(threading.current_thread().name.partition("_")[0])
+
+    def look() -> Threads:
+        note()
+        if how == "cancelled":
+            go.wait(10)
+        if how == "refused":
+            raise ConfigError("image", 1, "is refused", "send another")
+        return pool if how == "there" else other
+
+    def begin() -> Tiles:
+        note()
+        return Tiles(1)
+
+    def then(timing: Timing) -> str:
+        note()
+        return "made"
+
+    async def main() -> None:
+        asked = engine.run_between("d", pool, begin, then, deadline=time.monotonic() + 10, look=look)
+        task = asyncio.create_task(asked)
+        if how in ("there", "elsewhere"):
+            assert await task == "made"
+        elif how == "refused":
+            with pytest.raises(ConfigError):
+                await task
+        else:
+            await until(lambda: len(where) == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go.set()
+            await ask(engine, 2)
+            assert session.runs == [[2]]
+
+    with Threads(1, "other") as other:
+        asyncio.run(main())
+    rest = {"there": ["codec", "codec"], "elsewhere": ["other", "other"]}.get(how, [])
+    assert where == ["codec", *rest]
+
+
 @pytest.mark.parametrize("how", ["late", "cancelled", "refused", "nothing"])
 def test_what_comes_before_the_tiles_may_end_it(start: Callable[..., Engine], pool: Threads, how: str) -> None:
     session, go = FakeSession(), threading.Event()

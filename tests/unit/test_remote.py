@@ -155,7 +155,11 @@ def test_what_comes_before_and_after_the_tiles_is_done_in_the_pool(start: Start)
     with Threads(1, "codec") as pool:
         found = asyncio.run(line.remote.run_between("d", pool, begin, end, deadline=deadline))
         nothing = asyncio.run(line.remote.run_between("d", pool, lambda: None, end, deadline=deadline))
-    assert where == ["codec_0", "codec_0"]
+        assert where == ["codec_0", "codec_0"]
+        with Threads(1, "other") as other:
+            again = line.remote.run_between("d", pool, begin, end, deadline=deadline, look=lambda: other)
+            np.testing.assert_array_equal(asyncio.run(again), found)
+        assert where[2:] == ["other_0", "other_0"]
     assert nothing is None
     np.testing.assert_array_equal(found, doubled(hwc))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import itertools
@@ -21,7 +22,7 @@ from PIL import Image, ImageCms
 
 from rayscale import classical, imaging, latents, metrics, picture
 from rayscale.imaging import Limits
-from rayscale.serve import body, transform
+from rayscale.serve import body, gateway, transform
 from rayscale.serve.api import create_app
 from rayscale.serve.methods import MASKED, Merging, Restoring, Upscaling, applicable, compared
 from rayscale.serve.table import Release, Table
@@ -502,15 +503,15 @@ def test_opentelemetry_is_asked_only_where_it_is_set_up(
 def test_who_takes_long_to_decode_is_admitted_anew(
     service: Any, monkeypatch: pytest.MonkeyPatch, again_s: float, status: int
 ) -> None:
-    prepare = transform.prepare
+    cut = transform.cut
 
     def slow(*args: Any) -> Any:
-        work = prepare(*args)
+        work = cut(*args)
         monkeypatch.setattr(service.engine, "backlog_s", lambda: 1e6)  # others were let in meanwhile
         time.sleep(0.03)
         return work
 
-    monkeypatch.setattr(transform, "prepare", slow)
+    monkeypatch.setattr(transform, "cut", slow)
     monkeypatch.setattr(transform, "AGAIN_S", again_s)
     assert post(service, "/v1/upscale", content=png(photo(9, 8))).status_code == status
 
@@ -537,6 +538,53 @@ def test_files_are_opened_once_and_no_more_of_them_than_are_read(service: Any, m
     many = [("image", imaging.encode(photo(30, 40), "webp"))] * 9
     is_problem(post(service, "/v1/embed", files=many), 413, "3600 pixels in 3")
     assert len(opened) == 3  # a WebP's canvas is allocated when it is opened
+
+
+def test_small_pictures_do_not_wait_for_the_codecs_of_large_ones(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = png(photo(9, 8)), png(photo(140, 130))
+    go, held, where = threading.Event(), threading.Semaphore(0), dict[int, set[str]]()
+    decode = picture.decode_opened
+
+    def slow(file: Any) -> Any:
+        where.setdefault(file.header.width, set()).add(threading.current_thread().name)
+        if file.header.width == 130:
+            held.release()
+            assert go.wait(20)
+        return decode(file)
+
+    monkeypatch.setattr(picture, "decode_opened", slow)
+
+    async def main() -> list[int]:
+        async with service.client() as client:
+            waiting = [asyncio.create_task(client.post("/v1/upscale", content=large)) for _ in range(3)]
+            for _ in range(service.gateway.settings.codec_threads):
+                assert await asyncio.to_thread(held.acquire, timeout=10)  # all of them are taken
+            quick = await asyncio.wait_for(client.post("/v1/upscale", content=small), 10)
+            refused = await asyncio.wait_for(client.post("/v1/upscale", content=b"no picture"), 10)
+            assert not any(task.done() for task in waiting)
+            go.set()
+            return [quick.status_code, refused.status_code, *[(await task).status_code for task in waiting]]
+
+    assert asyncio.run(main()) == [200, 415, 200, 200, 200]
+    assert where == {8: {"quick_0"}, 130: {"codec_0", "codec_1"}}
+
+
+@pytest.mark.parametrize("limit", [10**6, 10])
+def test_long_bodies_are_not_looked_through_where_others_wait(
+    service: Any, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Whatever the picture in them."""
+    where: list[str] = []
+    parts = body.Body.parts
+
+    def watched(self: body.Body, most: Any) -> Any:
+        where.append(threading.current_thread().name.partition("_")[0])
+        return parts(self, most)
+
+    monkeypatch.setattr(body.Body, "parts", watched)
+    monkeypatch.setattr(gateway, "_QUICK_BYTES", limit)
+    assert post(service, "/v1/upscale", content=png(photo(9, 8))).status_code == 200
+    assert where == ["quick" if limit > 10 else "codec"]
 
 
 def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,7 +629,7 @@ def test_nothing_heavy_runs_on_the_event_loop(service: Any, monkeypatch: pytest.
         "imdecode",
         "empty",
     }
-    assert {t for threads in seen.values() for t in threads} <= {"codec", "slow", "engine"}
+    assert {t for threads in seen.values() for t in threads} <= {"quick", "codec", "slow", "engine"}
     imaging.read_header(good)  # negative control: the watch sees who calls
     assert "MainThread" in seen["open_lazily"]
 

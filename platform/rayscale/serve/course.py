@@ -29,6 +29,9 @@ class Tiled(Protocol):
 Begin = Callable[[], Tiled | None]
 """In a thread of the pool: the tiles; None where what follows is no engine's work."""
 
+Look = Callable[[], Threads]
+"""In a thread of the pool, before `Begin`: where that and what follows belong. What is refused here is refused soon."""
+
 Then = Callable[[Timing], T]
 """In a thread of the pool, once the tiles are there."""
 
@@ -49,10 +52,22 @@ class Course(Generic[T]):
         if job is not None:
             job.end.cancel()
 
-    def start(self, begin: Begin, enter: Callable[[Tiled], None]) -> None:
-        """`begin` in the pool, then `enter`, which calls `follow`: there, or later in another thread."""
+    def start(self, look: Look | None, begin: Begin, enter: Callable[[Tiled], None]) -> None:
+        """`look` in the pool, `begin` where it says, then `enter`, which calls `follow`: there, or later elsewhere."""
 
         def first() -> None:
+            if self.end.done:
+                return
+            try:
+                if look is not None and (pool := look()) is not self._pool:
+                    self._pool = pool
+                    pool.start(then)
+                else:
+                    then()
+            except Exception as error:
+                self.end.fail(error)
+
+        def then() -> None:
             if self.end.done:
                 return
             try:

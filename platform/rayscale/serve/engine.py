@@ -43,13 +43,13 @@ from rayscale.serve.batching import (
     too_late,
     units,
 )
-from rayscale.serve.course import Begin, Course, Then, Tiled
+from rayscale.serve.course import Begin, Course, Look, Then, Tiled
 from rayscale.serve.shelf import Shelf
 from rayscale.serve.threads import Threads
 
 T = TypeVar("T")
 
-_LEAD_S = 0.05  # what takes longer is left to the device's thread: codecs wait for the pool's
+_LEAD_S = 0.005  # what takes longer is left to the device's thread: others wait for the pool's
 
 Load = Callable[[Path, str], Session]
 """(folder, expected digest) -> a verified session."""
@@ -186,7 +186,7 @@ class Runner(Protocol):
     def cost_s(self, digest: str, units: int) -> float: ...
     async def run(self, digest: str, tiles: Sequence[U8], place: Place, *, deadline: float) -> Timing: ...
     async def run_between(
-        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float, look: Look | None = None
     ) -> T | None: ...
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
@@ -292,12 +292,13 @@ class Engine:
         return await self._finish(job)
 
     async def run_between(
-        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float, look: Look | None = None
     ) -> T | None:
         """`begin` in a thread of the pool, its tiles as `run` does, `then` in the pool again: its result.
 
-        The event loop is woken once. Where the device has nothing to do, a small picture's only tile runs in the
-        thread that decoded it. The deadline is the tiles'. Raises: as `run`, and what the other parts raise.
+        `look`, in the pool before them, may send them to another. The event loop is woken once. Where the device has
+        nothing to do, a small picture's only tile runs in the thread that decoded it. The deadline is the tiles'.
+        Raises: as `run`, and what the other parts raise.
         """
         course = Course(pool, then)
 
@@ -321,7 +322,7 @@ class Engine:
 
         timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), course.late)
         try:
-            course.start(begin, enter)
+            course.start(look, begin, enter)
             return await course.end.wait()
         finally:
             timer.cancel()

@@ -32,6 +32,7 @@ T = TypeVar("T")
 Role = Literal["upscale", "restore", "burst", "generate", "embed"]
 """What a model is for; the route of that name takes it."""
 
+_QUICK_BYTES = 1 << 20  # a longer body is split and looked through where it holds nobody up
 _WAITING = 16  # filters and comparisons; more are sent away
 _ERROR = 1.1  # the backlog may take so much longer than estimated: who is let in should not wait in vain
 _HORIZON = 10.0  # in timeouts: beyond it nobody is told when to come back
@@ -107,6 +108,7 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
         self._codecs = Threads(settings.codec_threads, "codec")
+        self._quick = Threads(1, "quick")  # headers, and all of small pictures
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._waiting = 0
         self._admission = Admission(settings.timeout_s)
@@ -114,7 +116,7 @@ class Gateway:
 
     def close(self) -> None:
         self.engine.close()
-        for pool in (self._codecs, self._slow):
+        for pool in (self._quick, self._codecs, self._slow):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # models
@@ -210,15 +212,33 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
 
     async def made(
-        self, digest: str, begin: Begin, end: Callable[[], T], spans: dict[str, float], deadline: float
+        self,
+        digest: str,
+        num_bytes: int,
+        look: Callable[[], bool],
+        begin: Begin,
+        end: Callable[[], T],
+        spans: dict[str, float],
+        deadline: float,
     ) -> T | None:
-        """`begin` and `end` in threads for codecs, the tiles of the first between them; None where there are none.
+        """`look`, `begin` and `end` in threads for codecs, the tiles of the second before the last; None without tiles.
 
-        `spans` are told where the time went, in seconds.
+        `num_bytes` are what `look` looks at; it says whether the others are quick. `spans` are told where the time
+        went, in seconds.
+
+        To hand a request from thread to thread, and Python's lock with it, costs a small picture as much as half of
+        its codecs: all of it, its tile too where the device is free, is one thread's. Whatever takes longer is done
+        elsewhere, as others wait for that thread.
         """
+        pool = self._quick if num_bytes <= _QUICK_BYTES else self._codecs
+
+        def where() -> Threads:
+            quick, spans["decode"] = _timed(look, ())
+            return pool if quick else self._codecs
 
         def first() -> Tiled | None:
-            tiled, spans["decode"] = _timed(begin, ())
+            tiled, seconds = _timed(begin, ())
+            spans["decode"] += seconds
             return tiled
 
         def last(timing: Timing) -> T:
@@ -226,7 +246,7 @@ class Gateway:
             made, spans["encode"] = _timed(end, ())
             return made
 
-        return await self.engine.run_between(digest, self._codecs, first, last, deadline=deadline)
+        return await self.engine.run_between(digest, pool, first, last, deadline=deadline, look=where)
 
     async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.

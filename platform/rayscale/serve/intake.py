@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,26 @@ from rayscale.serve.table import Release
 
 MISSING_FROM = 128  # of a mask's gray; below this of a picture's alpha: pixels to be filled
 MOST_FRAMES = 32
-SMALL_PX = 1 << 14  # a PNG of at most so many is opened once: to open it takes as long as to decode it
+SMALL_PX = 1 << 14  # a PNG of at most so many is inflated when it is opened: that takes as long as to open it again
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Looked:
+    """A request that is let in by its headers; no pixel was decoded yet."""
+
+    files: Files
+    role: Role
+    masked: bool
+    plan: Plan
+    spec: Spec
+    at: float  # time.monotonic()
+
+    @property
+    def quick(self) -> bool:
+        """Whether its codecs take a millisecond or two."""
+        header = self.files.header
+        pixels = header.width * header.height * len(self.files.frames)
+        return pixels <= SMALL_PX and pixels * self.spec.scale**2 <= 4 * SMALL_PX
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +67,8 @@ class Files:
         return self.frames[0].header
 
 
-def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline: float) -> Work:
-    """What the model's tiles are cut from. Raises: what refuses a request, the cheapest first."""
+def look(gateway: Gateway, body: Body, release: Release, role: Role, deadline: float) -> Looked:
+    """Every header, the plan and its price. Raises: what refuses a request, the cheapest first."""
     spec, limits = gateway.card(release, role).spec, gateway.settings.limits
     channels = tuple(map(math.prod, gateway.engine.session(release.digest).leads.values()))
     if role == "burst":
@@ -64,10 +84,16 @@ def prepare(gateway: Gateway, body: Body, release: Release, role: Role, deadline
     check_output(gateway, header, spec.scale)
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
     admit(gateway, release, planned, deadline)
-    if role == "burst":
-        found, stack = decode_burst(files)
+    return Looked(files=files, role=role, masked=masked, plan=planned, spec=spec, at=time.monotonic())
+
+
+def cut(looked: Looked, limits: Limits) -> Work:
+    """What the model's tiles are cut from. Raises: as `decode`."""
+    planned, spec = looked.plan, looked.spec
+    if looked.role == "burst":
+        found, stack = decode_burst(looked.files)
         return Work(found, planned, spec, Canvas(planned, stack))
-    found, mask = decode(files, limits, masked=masked)
+    found, mask = decode(looked.files, limits, masked=looked.masked)
     if found.bits == 16:
         return Work(found, planned, spec, DeepCanvas(planned, spec, found.rgb, mask))
     return Work(found, planned, spec, Canvas(planned, found.rgb if mask is None else np.dstack([found.rgb, mask])))

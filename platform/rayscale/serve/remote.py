@@ -21,7 +21,7 @@ from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
-from rayscale.serve.course import Begin, T, Then
+from rayscale.serve.course import Begin, Look, T, Then, Tiled
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.threads import Threads
 
@@ -219,14 +219,22 @@ class RemoteEngine:
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
 
     async def run_between(
-        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float
+        self, digest: str, pool: Threads, begin: Begin, then: Then[T], *, deadline: float, look: Look | None = None
     ) -> T | None:
         """As `Engine.run_between`."""
         loop = asyncio.get_running_loop()
-        if (tiled := await loop.run_in_executor(pool, begin)) is None:
+
+        def first() -> tuple[Threads, Tiled | None]:
+            rest = pool if look is None else look()
+            return rest, begin() if rest is pool else None
+
+        rest, tiled = await loop.run_in_executor(pool, first)
+        if rest is not pool:
+            tiled = await loop.run_in_executor(rest, begin)
+        if tiled is None:
             return None
         timing = await self.run(digest, tiled.tiles, tiled.place, deadline=deadline)
-        return await loop.run_in_executor(pool, then, timing)
+        return await loop.run_in_executor(rest, then, timing)
 
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""

@@ -14,11 +14,11 @@ from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas
 from rayscale.serve.gateway import Gateway, Role
-from rayscale.serve.intake import Work, admit, burst, check_output, decode, decode_burst, prepare, single
+from rayscale.serve.intake import Looked, Work, admit, burst, check_output, cut, decode, decode_burst, look, single
 from rayscale.serve.methods import MASKED, filtered, merged
 from rayscale.serve.table import Release
 
-AGAIN_S = 0.01  # who took longer to decode is admitted anew
+AGAIN_S = 0.01  # who took longer from there to its tiles is admitted anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,25 @@ class Finish:
 async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, finish: Finish) -> Answer:
     """The answer of a model, and the headers that tell how it came about."""
     deadline, spans = gateway.deadline(), dict[str, float]()
+    looked: list[Looked] = []
     begun: list[Work] = []
 
+    def first() -> bool:
+        looked.append(look(gateway, body, release, role, deadline))
+        return looked[0].quick
+
     def begin() -> Canvas | None:
-        started = time.monotonic()
-        work = prepare(gateway, body, release, role, deadline)
-        if time.monotonic() - started > AGAIN_S:
-            admit(gateway, release, work.plan, deadline)  # again: others were let in while it was decoded
+        let_in = looked.pop()
+        work = cut(let_in, gateway.settings.limits)
+        if time.monotonic() - let_in.at > AGAIN_S:
+            admit(gateway, release, work.plan, deadline)  # again: others were let in while it waited and was decoded
         begun.append(work)
         return work.canvas if isinstance(work.canvas, Canvas) else None
 
     def end() -> Answer:
         return _finish(gateway, begun[0], finish, {**gateway.about(release), "tiling": begun[0].plan.tiling})
 
-    made = await gateway.made(release.digest, begin, end, spans, deadline)
+    made = await gateway.made(release.digest, len(body.data), first, begin, end, spans, deadline)
     (work,) = begun
     if made is not None:
         answer = made
