@@ -363,7 +363,7 @@ def to_nchw_f32(hwc_u8: U8) -> F32:
 
 def to_hwc_u8(nchw_f32: F32) -> U8:
     """f32[1, c, h, w] in [0, 1] -> u8[h, w, c]: x * 255, rounded half to even, clipped."""
-    unit = np.clip(nchw_f32[0], np.float32(0), np.float32(1))  # what is beyond int32 would wrap around
+    unit = nchw_f32[0].clip(np.float32(0), np.float32(1))  # what is beyond int32 would wrap around
     channels, height, width = unit.shape
     planes = cv2.convertScaleAbs(unit.reshape(-1, width), alpha=255).reshape(unit.shape)
     merged: U8 = cv2.merge([*planes])

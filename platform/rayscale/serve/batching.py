@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,9 +98,12 @@ Place = Callable[[int, U8], None]
 
 
 @dataclass(eq=False, kw_only=True)
-class Job(ABC):
-    """Work of one request. What ends its promise (result, error, cancellation) ends the job."""
+class Job:
+    """Work of one request, `TileJob` or `CallJob`. What ends its promise (result, error, cancellation) ends the job."""
 
+    count: int = field(init=False)  # of its items, each of which is run once
+    key: tuple[object, ...] = field(init=False)  # items of the same may share a batch
+    item_units: int = field(init=False)  # `units` of one item
     model: Model
     deadline: float  # on the engine's clock
     owner: str = ""  # the request, where it comes as several jobs: they take one turn together
@@ -111,21 +113,6 @@ class Job(ABC):
     taken: int = 0
     finished: int = 0
     alone: bool = True  # no other job was in its batches
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """Items, each of which is run once."""
-
-    @property
-    @abstractmethod
-    def key(self) -> tuple[object, ...]:
-        """What may share a batch."""
-
-    @property
-    @abstractmethod
-    def item_units(self) -> int:
-        """`units` of one item."""
 
     @property
     def item_s(self) -> float:
@@ -156,18 +143,9 @@ class TileJob(Job):
     tiles: Sequence[U8]
     place: Place
 
-    @property
-    def count(self) -> int:
-        return len(self.tiles)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return id(self.model), self.tiles[0].shape
-
-    @property
-    def item_units(self) -> int:
-        height, width, _ = self.tiles[0].shape
-        return int(height * width)
+    def __post_init__(self) -> None:
+        height, width, _ = shape = self.tiles[0].shape
+        self.count, self.key, self.item_units = len(self.tiles), (id(self.model), shape), height * width
 
 
 @dataclass(eq=False, kw_only=True)
@@ -177,17 +155,9 @@ class CallJob(Job):
     inputs: Mapping[str, F32]
     outputs: dict[str, F32] = field(default_factory=dict)
 
-    @property
-    def count(self) -> int:
-        return 1
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (id(self),)
-
-    @property
-    def item_units(self) -> int:
-        return units(self.model.session.card.spec, self.inputs)
+    def __post_init__(self) -> None:
+        self.count, self.key = 1, (id(self),)
+        self.item_units = units(self.model.session.card.spec, self.inputs)
 
 
 Item = tuple[Job, int]

@@ -385,8 +385,10 @@ class Engine:
 
     def _stop_if_idle(self) -> None:
         """Abort the running batch when nobody waits for any of it."""
-        running = self._running
-        if running is not None and all(job.end.done for job, _ in running[0]):
+        if (running := self._running) is not None:
+            for job, _ in running[0]:
+                if not job.end.done:
+                    return
             running[1].now()
 
     def close(self) -> None:
@@ -447,7 +449,7 @@ class Engine:
         now = time.monotonic()
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
-        alone = all(job is batch[0][0] for job, _ in batch)
+        alone = len(batch) == 1 or all(job is batch[0][0] for job, _ in batch)
         for job, _ in batch:
             job.alone = job.alone and alone
             job.run_s += share_s

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -77,8 +76,10 @@ class Promise(Generic[T]):
                     ended.set_result(None)
 
             def tell() -> None:
-                with suppress(RuntimeError):  # the loop is closed: nobody waits
+                try:
                     loop.call_soon_threadsafe(wake)
+                except RuntimeError:  # the loop is closed: nobody waits
+                    return
 
             self.then(tell)
             try:

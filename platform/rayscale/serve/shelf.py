@@ -76,7 +76,8 @@ class Shelf:
 
     def known(self, digest: str) -> Known:
         """Raises: UnavailableError when it is not prepared."""
-        return self._place(digest).known  # one look at a dict: no lock
+        place = self._places.get(digest)  # one look at a dict: no lock
+        return place.known if place is not None else self._place(digest).known
 
     def _place(self, digest: str) -> _Place:
         place = self._places.get(digest)
