@@ -81,7 +81,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     max_items: int = pydantic.Field(64, ge=1)  # generated, embedded or compared in one request
     api_keys: str = ""  # URI of hashed bearer keys (serve/keys.py); "": RAYSCALE_API_KEYS, or everyone may ask
     timeout_s: float = pydantic.Field(60.0, gt=0)
-    codec_threads: int = pydantic.Field(2, ge=1)
+    codec_threads: int = pydantic.Field(2, ge=1)  # beside one for small pictures
     quality: int = pydantic.Field(95, ge=1, le=100)  # of JPEG and WebP answers
     poll_s: float = pydantic.Field(1.0, gt=0)  # how often the registry is read
     sync_s: float = pydantic.Field(0.5, gt=0, le=2.0)  # how often a replica reports

@@ -226,9 +226,8 @@ class Gateway:
         `num_bytes` are what `look` looks at; it says whether the others are quick. `spans` are told where the time
         went, in seconds.
 
-        To hand a request from thread to thread, and Python's lock with it, costs a small picture as much as half of
-        its codecs: all of it, its tile too where the device is free, is one thread's. Whatever takes longer is done
-        elsewhere, as others wait for that thread.
+        One thread is for what is quick: small pictures, and what is refused by its headers, wait for no large one's
+        codecs, and a small picture is that thread's from its first byte to its last where the device is free.
         """
         pool = self._quick if num_bytes <= _QUICK_BYTES else self._codecs
 
