@@ -153,7 +153,7 @@ class Lazy:
     header: Header
     orientation: int  # EXIF's, 1..8
     picture: ImageFile | None  # Pillow's; None of a plain PNG
-    ready: bool  # its pixels may be read of `picture`
+    ready: bool  # its pixels may be read, of `picture` or `plain`
     plain: bytes = b""  # a plain PNG, as `containers.Lean` has it
 
     def opened(self) -> Lazy:

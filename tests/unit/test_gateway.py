@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
 
 from rayscale import imaging
 from rayscale.errors import IntegrityError
@@ -330,6 +331,43 @@ def test_models_lists_what_serves_what_is_warm_and_what_is_held(service: Service
         2, "transform", "small", service.release.digest,
     )  # fmt: skip
     assert (second["version"], second["aliases"], second["ready"]) == (2, [], False)
+
+
+@pytest.mark.parametrize("where", ["FastAPI's", "ours", "half of an answer"])
+def test_what_nobody_expected_is_answered_and_told_once(
+    service: Service, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise OSError("a cable")
+
+    async def route() -> Response:
+        if where == "half of an answer":
+            return StreamingResponse(stream())
+        raise OSError("a cable")
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("a cable")
+
+    service.app.add_api_route("/odd", route)
+    if where == "half of an answer":  # there is no taking it back: the server cuts the connection
+        with pytest.raises(OSError, match="a cable"):
+            service.ask("GET", "/odd")
+        status = "200"
+    else:
+        monkeypatch.setattr(service.gateway, "resolve", broken)
+        answer = service.ask("GET", "/odd") if where == "FastAPI's" else service.upscale(png(photo()))
+        is_problem(answer, 500, answer.headers["x-request-id"])
+        assert [r.exc_info is not None for r in caplog.records if "a cable" in r.getMessage()] == [True]
+        status = "500"
+    counted = [labels["status"] for name, _, labels in service.meters.seen if name == "rayscale_requests_total"]
+    assert counted == [status]
+
+
+def test_of_a_header_that_comes_twice_the_first_counts(service: Service) -> None:
+    twice = [("Accept", "image/jpeg"), ("Accept", "image/webp")]
+    answer = service.ask("POST", "/v1/upscale", content=png(photo()), headers=twice)
+    assert answer.headers["content-type"] == "image/jpeg"
 
 
 def test_requests_are_counted_by_route_model_and_status(service: Service) -> None:

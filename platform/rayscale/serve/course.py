@@ -56,29 +56,27 @@ class Course(Generic[T]):
         """`look` in the pool, `begin` where it says, then `enter`, which calls `follow`: there, or later elsewhere."""
 
         def first() -> None:
-            if self.end.done:
-                return
+            if look is not None and (pool := look()) is not self._pool:
+                self._pool = pool
+                pool.start(partial(self._step, rest))
+            else:
+                rest()
+
+        def rest() -> None:
+            if (tiled := begin()) is None:
+                self.end.keep(None)
+            else:
+                enter(tiled)
+
+        self._pool.start(partial(self._step, first))
+
+    def _step(self, work: Callable[[], None]) -> None:
+        """Unless it has ended; what it raises ends it."""
+        if not self.end.done:
             try:
-                if look is not None and (pool := look()) is not self._pool:
-                    self._pool = pool
-                    pool.start(then)
-                else:
-                    then()
+                work()
             except Exception as error:
                 self.end.fail(error)
-
-        def then() -> None:
-            if self.end.done:
-                return
-            try:
-                if (tiled := begin()) is None:
-                    self.end.keep(None)
-                else:
-                    enter(tiled)
-            except Exception as error:
-                self.end.fail(error)
-
-        self._pool.start(first)
 
     def follow(self, job: Job, run: Callable[[Job], bool]) -> None:
         """The tiles' end. `run` queues them and says whether they were run in this very thread."""
@@ -101,16 +99,13 @@ class Course(Generic[T]):
         elif job.end.error is not None:
             self.end.fail(job.end.error)
         elif here:
-            self._last(job.end.result())
+            self._step(partial(self._last, job.end.result()))
         else:
             try:
-                self._pool.start(partial(self._last, job.end.result()))
+                self._pool.start(partial(self._step, partial(self._last, job.end.result())))
             except RuntimeError as error:  # the pool takes nothing any more
                 self.end.fail(error)
 
     def _last(self, timing: Timing) -> None:
         if (then := self._then) is not None:
-            try:
-                self.end.keep(then(timing))
-            except Exception as error:
-                self.end.fail(error)
+            self.end.keep(then(timing))

@@ -25,6 +25,19 @@ MOST_FRAMES = 32
 SMALL_PX = 1 << 14  # a PNG of at most so many is inflated when it is opened: that takes as long as to open it again
 
 
+@dataclass(frozen=True)
+class Files:
+    """The parts of a request, whose headers are within the limits and fit each other."""
+
+    frames: Sequence[Lazy]  # one, or those of a burst
+    mask: bytes | None
+
+    @property
+    def header(self) -> Header:
+        """Of the first."""
+        return self.frames[0].header
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Looked:
     """A request that is let in by its headers; no pixel was decoded yet."""
@@ -52,19 +65,6 @@ class Work:
     plan: Plan
     spec: Spec
     canvas: Canvas | DeepCanvas
-
-
-@dataclass(frozen=True)
-class Files:
-    """The parts of a request, whose headers are within the limits and fit each other."""
-
-    frames: Sequence[Lazy]  # one, or those of a burst
-    mask: bytes | None
-
-    @property
-    def header(self) -> Header:
-        """Of the first."""
-        return self.frames[0].header
 
 
 def look(gateway: Gateway, body: Body, release: Release, role: Role, deadline: float) -> Looked:
