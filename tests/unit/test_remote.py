@@ -242,6 +242,7 @@ def test_an_engine_that_has_not_loaded_the_model_is_not_the_last_word(start: Sta
     hwc = picture(20, 20)
     np.testing.assert_array_equal(asyncio.run(upscale(line.remote, hwc)), doubled(hwc))
     line.engines[0].forget("d")
+    line.remote._budget = RetryBudget(reserve=0.0)  # who declines did no work: it is not what the budget is for
     with pytest.raises(UnavailableError, match="deadline"):
         asyncio.run(upscale(line.remote, hwc, timeout_s=0.2))
 
@@ -249,9 +250,12 @@ def test_an_engine_that_has_not_loaded_the_model_is_not_the_last_word(start: Sta
 def test_retries_end_with_the_budget(start: Start) -> None:
     line = start()
     line.remote._budget = RetryBudget(reserve=2.0)
-    line.engines[0].forget("d")
-    line.engines[1].forget("d")
-    with pytest.raises(UnavailableError, match="not loaded"):
+
+    def fails(chunk: Chunk, engine: int) -> None:
+        raise LostError("", "lent no line")
+
+    line.fails = fails
+    with pytest.raises(UnavailableError, match="lent no line"):
         asyncio.run(upscale(line.remote, picture(20, 20)))
     assert len(line.chunks) == 3
     budget = RetryBudget(reserve=1.0, share=0.5)

@@ -113,6 +113,27 @@ def test_a_silent_replica_holds_nothing_up_and_a_live_one_does() -> None:
     assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
 
 
+def test_an_engine_that_cannot_load_what_is_served_holds_nothing_up() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 1.0)
+    state.sync(report("a", ONE, TWO), 1.0)
+    state.sync(report("b", ready=False, failed={ONE.digest: "CUDA did not start"}), 1.0)
+    state.sync(report("a", ONE, TWO), 1.0)
+    assert state.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
+    orders = state.sync(report("gateway", runs=False), 1.0)
+    assert (orders.num_engines, orders.failed) == (1, {})
+
+
+def test_while_no_engine_is_ready_all_of_them_are_waited_for() -> None:
+    state = Rollout(now=0.0, stale_s=5.0)
+    state.desire(desired(ONE), 0.0)
+    state.sync(report("a", ready=False), 0.0)
+    state.sync(report("b", ONE, ready=False), 0.0)
+    assert not state.table.routes
+    state.sync(report("a", ONE, ready=False), 0.0)
+    assert state.table.routes == {ROUTE: ((ONE.digest, 1.0),)}
+
+
 def test_a_target_that_moves_on_is_dropped() -> None:
     state = serving_one()
     state.desire(desired(TWO), 1.0)
@@ -512,6 +533,42 @@ def test_starting_waits_for_what_there_is_and_for_nothing_else(tmp_path: Path) -
         async with asyncio.timeout(1):
             await replica.follower.start(wait_s=0.1, interval_s=0.01)  # then it says why it is not ready
         assert "expected y" in replica.follower.reason
+
+    asyncio.run(main())
+
+
+def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        state.sync(report("other", ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[ONE.digest] = ConfigError("device", "cuda", "CUDA did not start", "mend it")
+        start = asyncio.create_task(replica.follower.start(wait_s=0.05, interval_s=0.01))
+        await asyncio.sleep(0.3)
+        assert not start.done()  # the control, with no other, is the test before
+        state.sync(report("other", ready=False), 0.0)
+        async with asyncio.timeout(2):
+            await start  # nobody answers: now it says why
+        assert "CUDA did not start" in replica.follower.reason
+
+    asyncio.run(main())
+
+
+def test_who_stays_out_comes_in_once_it_is_ready(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        state.sync(report("other", ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[ONE.digest] = ConfigError("device", "cuda", "CUDA did not start", "mend it")
+        start = asyncio.create_task(replica.follower.start(wait_s=0.0, interval_s=0.01))
+        await asyncio.sleep(0.05)
+        assert not start.done()
+        del replica.engine.broken[ONE.digest]
+        async with asyncio.timeout(5):
+            await start
+        assert replica.follower.reason == ""
 
     asyncio.run(main())
 

@@ -61,19 +61,28 @@ class Follower(ABC):
             await asyncio.sleep(interval_s)
 
     async def start(self, wait_s: float, interval_s: float) -> None:
-        """Return when ready to answer, when there is nothing to get ready, or after `wait_s`.
+        """Return when ready to answer, or when there is nothing to get ready.
 
-        A replica that starts without it would answer 503 while others could answer.
+        Also after `wait_s` where no other replica is ready either, so that clients are told why. While others are, it
+        stays out however long that takes: one that only declines is done at once with each request, so it would look
+        the least busy of all and get most of them.
         """
         until = time.monotonic() + wait_s
-        while time.monotonic() < until:
+        while True:
+            others = False
             try:
-                if not (await self.step()).prepare or not self.reason:
+                orders = await self.step()
+                if not orders.prepare or not self.reason:
                     return
+                others = orders.others
             except Exception as error:
                 log.warning("no answer from the rollout yet: %r", error)
+            if time.monotonic() >= until:
+                log.error("not ready after %.0f s: %s", wait_s, self.reason)
+                if not others:
+                    return
+                until = time.monotonic() + wait_s  # say it again then
             await asyncio.sleep(interval_s)
-        log.error("not ready after %.0f s: %s", wait_s, self.reason)
 
     async def step(self) -> Orders:
         """One report and what follows from its answer."""
@@ -136,6 +145,7 @@ class EngineFollower(Follower):
     def report(self) -> Report:
         return Report(
             replica=self._replica,
+            ready=not self.reason,
             known=self._engine.known(),
             prepared=self._engine.digests,
             failed=dict(self._failed),
@@ -196,6 +206,7 @@ class GatewayFollower(Follower):
         return Report(
             replica=self._replica,
             runs=False,
+            ready=not self.reason,
             prepared=self._engine.digests,
             outcomes=self._engine.outcomes(),
             table=self.table,

@@ -28,6 +28,10 @@ from rayscale.serve.remote import Chunk, LostError, Reply
 TERM_S = 1.0  # a line takes no chunk after this: draining engines wait no longer, new ones get their share
 IDLE_S = 0.25  # a line that nobody used for so long ends
 CONNECT_S = 5.0
+DECLINED_S = (
+    0.05,
+    1.0,
+)  # an engine that declined a chunk is asked for its model no more for so long, at first and at most
 _TOKEN_BYTES = 16
 _GREETING_BYTES = 1024  # at most, of who has not said its token: no memory for a stranger
 _HEAD = struct.Struct("!II")  # bytes of a message, and how many arrays follow it
@@ -155,6 +159,14 @@ class _Line(_Frames):
             self._reply, self.used = None, time.monotonic()
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A chunk's wish for a line."""
+
+    digest: str
+    line: asyncio.Future[_Line]
+
+
 class Lines:
     """A gateway's lines. Of one event loop; `start` before the first chunk."""
 
@@ -163,7 +175,8 @@ class Lines:
         self._server: asyncio.Server | None = None
         self._idle: list[_Line] = []
         self._busy: Counter[str] = Counter()  # engine -> chunks under way
-        self._waiting: deque[asyncio.Future[_Line]] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._declined: dict[tuple[str, str], tuple[float, float]] = {}  # (engine, digest) -> until when, and how long
         self._offered: dict[bytes, _Line | None] = {}  # token -> its line, from the offer to the call's end
         self._calls: set[asyncio.Task[None]] = set()
         self._sweeping = False
@@ -175,7 +188,7 @@ class Lines:
 
     async def carry(self, chunk: Chunk) -> Reply:
         """Raises: LostError; RuntimeError for what is nobody's fault but the engine's."""
-        line = await self._take()
+        line = await self._take(chunk.digest)
         self._busy[line.engine] += 1
         reply = None
         try:
@@ -183,36 +196,61 @@ class Lines:
             return reply
         finally:
             self._busy[line.engine] -= 1
-            declined = reply is None or isinstance(reply.body, UnavailableError)  # the next may fare better elsewhere
-            if declined or line.used - line.opened > TERM_S:
+            if reply is None or line.used - line.opened > TERM_S:
                 line.transport.close()
+            self._hear(line, chunk.digest, reply)
             self._free(line)
 
-    async def _take(self) -> _Line:
+    def _hear(self, line: _Line, digest: str, reply: Reply | None) -> None:
+        """Who declines gets no more of that model for a while.
+
+        Its line stays meanwhile: Serve counts it as a call under way. Without any, the engine that declines at once
+        would look the least busy of all, and get every next call.
+        """
+        key = line.engine, digest
+        if reply is None or not reply.declined:
+            self._declined.pop(key, None)
+            return
+        first_s, most_s = DECLINED_S
+        delay_s = min(most_s, 2 * self._declined.get(key, (0.0, first_s / 2))[1])
+        self._declined[key] = line.used + delay_s, delay_s
+
+    def _may(self, line: _Line, digest: str) -> bool:
+        until, _ = self._declined.get((line.engine, digest), (0.0, 0.0))
+        return time.monotonic() >= until
+
+    async def _take(self, digest: str) -> _Line:
         """A line of the engine that does least for us, or the next that is free or lent."""
         self._idle = [line for line in self._idle if line.open]
-        if self._idle:
-            line = min(reversed(self._idle), key=lambda line: self._busy[line.engine])
+        if fitting := [line for line in self._idle if self._may(line, digest)]:
+            line = min(reversed(fitting), key=lambda line: self._busy[line.engine])
             self._idle.remove(line)
             return line
-        future: asyncio.Future[_Line] = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        if sum(line is None for line in self._offered.values()) < len(self._waiting):
-            call = asyncio.ensure_future(self._borrow(Offer(self._host, self._port, secrets.token_bytes(_TOKEN_BYTES))))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+        waiting = _Waiting(digest, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._ask_for_lines()
+        future = waiting.line
         try:
             return await future
         except asyncio.CancelledError:
             with suppress(ValueError):
-                self._waiting.remove(future)
+                self._waiting.remove(waiting)
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._free(future.result())
             raise
 
+    def _ask_for_lines(self) -> None:
+        """As many calls as wait for one."""
+        missing = len(self._waiting) - sum(line is None for line in self._offered.values())
+        for _ in range(missing):
+            offer = Offer(self._host, self._port, secrets.token_bytes(_TOKEN_BYTES))
+            self._offered[offer.token] = None
+            call = asyncio.ensure_future(self._borrow(offer))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
     async def _borrow(self, offer: Offer) -> None:
         """One call, as long as its line lasts; whoever waits is told of one that brought none."""
-        self._offered[offer.token] = None
         error: Exception = LostError("", "lent no line")
         try:
             await self._lend(offer)
@@ -222,8 +260,10 @@ class Lines:
         if line is not None:
             line.transport.abort()  # also of an engine that died without a word
             return
-        if (future := self._next()) is not None:
-            future.set_exception(error)
+        waiting = next((waiting for waiting in self._waiting if not waiting.line.done()), None)
+        if waiting is not None:
+            self._waiting.remove(waiting)
+            waiting.line.set_exception(error)
         else:
             log.warning("an engine lent no line: %s", error)
 
@@ -239,30 +279,31 @@ class Lines:
         if line in self._idle:
             self._idle.remove(line)
 
-    def _next(self) -> asyncio.Future[_Line] | None:
-        while self._waiting:
-            if not (future := self._waiting.popleft()).done():
-                return future
-        return None
-
     def _free(self, line: _Line) -> None:
+        """To whom has waited longest and may have it."""
         if not line.open:
             return
-        if (future := self._next()) is not None:
-            future.set_result(line)
-            return
+        for waiting in self._waiting:
+            if not waiting.line.done() and self._may(line, waiting.digest):
+                self._waiting.remove(waiting)
+                waiting.line.set_result(line)
+                return
         self._idle.append(line)
         if not self._sweeping:
             self._sweep()
 
     def _sweep(self) -> None:
-        """End what is idle for long, as long as there is any."""
-        now = time.monotonic()
-        for line in self._idle:
+        """End what is idle for long, as long as there is any, and ask for others where nobody may have these."""
+        now, idle = time.monotonic(), self._idle
+        self._idle, self._sweeping = [], True
+        for line in idle:
             if now - line.used > IDLE_S or now - line.opened > TERM_S:
                 line.transport.close()
-        self._idle = [line for line in self._idle if line.open]
-        self._sweeping = bool(self._idle)
+            else:
+                self._free(line)
+        self._ask_for_lines()
+        self._declined = {key: (until, s) for key, (until, s) in self._declined.items() if now - until < DECLINED_S[1]}
+        self._sweeping = bool(self._idle or self._waiting)
         if self._sweeping:
             asyncio.get_running_loop().call_later(IDLE_S / 2, self._sweep)
 

@@ -54,6 +54,11 @@ class Reply:
     body: U8 | Mapping[str, F32] | RayscaleError
     timing: Timing = Timing(0.0, 0.0)
 
+    @property
+    def declined(self) -> bool:
+        """Whether another engine may do it: this one has not the model, or is going away, and did no work."""
+        return isinstance(self.body, UnavailableError) and self.body.field != "request"  # that one came too late
+
 
 class LostError(Exception):
     """The chunk is lost: with the engine that had it ("": none had it yet), or for want of one."""
@@ -279,18 +284,16 @@ class RemoteEngine:
                     self._crashed[chunk.digest] = self._crashed.get(chunk.digest, 0) + 1
                     rule = "two engines died of a part of this request"
                     raise UnavailableError("engine", ", ".join(sorted(dead)), rule, "send another picture") from None
-                error: RayscaleError = UnavailableError("engine", lost.engine or "none", lost.why, "try again")
+                if not self._budget.spend():
+                    log.warning("a chunk is not asked again: the budget for that is spent")
+                    raise UnavailableError("engine", lost.engine or "none", lost.why, "try again") from None
             else:
                 self._backlogs[reply.engine] = reply.backlog_s, time.monotonic()
                 if not isinstance(reply.body, RayscaleError):
                     self._budget.earn()
                     return _checked(reply, chunk)
-                if not isinstance(reply.body, UnavailableError):
+                if not reply.declined:
                     raise reply.body
-                error = reply.body  # it has not loaded the model yet, or is going away
-            if not self._budget.spend():
-                log.warning("a chunk is not asked again: the budget for that is spent")
-                raise error
             await asyncio.sleep(min(1.0, 0.02 * 2**attempt) * random.uniform(0.5, 1.0))
         raise AssertionError  # count() does not end
 

@@ -32,6 +32,7 @@ class Report:
 
     replica: str
     runs: bool = True  # it loads models itself; False: a gateway that asks engines
+    ready: bool = True  # it has what its table names, so it answers
     known: Mapping[str, Known] = field(default_factory=dict)  # of an engine, what others need to know of its models
     prepared: frozenset[str] = frozenset()  # digests it can answer with now
     failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why; it tries again by itself
@@ -47,6 +48,7 @@ class Orders:
     prepare: tuple[Release, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
     watched: Mapping[str, str] = field(default_factory=dict)  # "name:version" on trial -> how it does
+    others: bool = False  # replicas of its kind are ready: nobody needs this one before it is
     # For gateways that ask engines; empty for those that run models themselves:
     num_engines: int = 0
     known: Mapping[str, Known] = field(default_factory=dict)  # what the engines can answer with
@@ -137,12 +139,18 @@ class Rollout:
             trial.hear(report.replica, report.outcomes)
         self._judge(now)
         self._settle(now)
-        orders = Orders(table=self.table, prepare=self._prepare(), held=self.held(), watched=self._watched())
+        others = any(
+            other.ready and other.runs == report.runs and name != report.replica
+            for name, (_, other) in self._replicas.items()
+        )
+        orders = Orders(
+            table=self.table, prepare=self._prepare(), held=self.held(), watched=self._watched(), others=others
+        )
         return orders if report.runs else self._for_gateway(orders)
 
     def _for_gateway(self, orders: Orders) -> Orders:
         """What engines can answer with. While all of them sleep it is what they could: a request wakes one."""
-        engines = [report for _, report in self._replicas.values() if report.runs]
+        engines = self._engines()
         named = {release.digest for release in orders.prepare}
         for engine in engines:
             self._known |= engine.known
@@ -258,7 +266,7 @@ class Rollout:
         self.endings += new
 
     def _why(self, release: Release) -> str:
-        reports = [report for _, report in self._replicas.values() if report.runs]
+        reports = self._engines()
         for report in reports:
             if release.digest in report.failed and release.digest not in report.prepared:
                 return f"{release} is refused: {report.failed[release.digest]}"
@@ -275,12 +283,17 @@ class Rollout:
         releases += versions.values()
         return tuple({release.digest: release for release in releases}.values())
 
+    def _engines(self) -> list[Report]:
+        """Those that answer. One that cannot even load what is served holds nothing up, unless none can."""
+        engines = [report for _, report in self._replicas.values() if report.runs]
+        return [engine for engine in engines if engine.ready] or engines
+
     def _settle(self, now: float) -> None:
-        """Publish what every live replica has prepared, all in one new table."""
+        """Publish what every live engine has prepared, all in one new table."""
         self._replicas = {k: (seen, r) for k, (seen, r) in self._replicas.items() if now - seen < self.stale_s}
         if self._desired is None:
             return
-        engines = [report for _, report in self._replicas.values() if report.runs]
+        engines = self._engines()
         ready: frozenset[str] = frozenset()
         if engines and now >= self._publish_from:
             ready = frozenset.intersection(*(engine.prepared for engine in engines))
