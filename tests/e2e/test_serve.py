@@ -83,6 +83,8 @@ def test_a_wrong_argument_is_one_line() -> None:
         AppArgs.model_validate({"engines": {"tiers": "two", "windw": 2}})
     with pytest.raises(ConfigError, match="no effect with one tier"):
         AppArgs.model_validate({"engines": {"window": 2}})
+    with pytest.raises(ConfigError, match=r"args.max_held_bytes=100: must be at least twice max_bytes \(99\)"):
+        AppArgs.model_validate({"max_bytes": 99, "max_held_bytes": 100})
     for wrong in ({"timeout_s": 0}, {"device": "tpu"}, {"models": []}, {"max_bytes": "many"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))) as error:
             AppArgs.model_validate(wrong)

@@ -235,6 +235,41 @@ def test_a_declared_length_is_refused_before_the_body_is_read(make: Callable[...
     assert read == 11
 
 
+def test_bodies_of_all_requests_together_are_limited(make: Callable[..., Service]) -> None:
+    """Four clients stall with 1,000 bytes each; the fifth is told, and has room once they left."""
+    service = make(limits=Limits(max_bytes=2000), max_held_bytes=4999)
+
+    async def main() -> None:
+        stalled = 0
+
+        async def stalls() -> AsyncIterator[bytes]:
+            nonlocal stalled
+            yield b"x" * 1000
+            stalled += 1
+            await asyncio.Event().wait()
+
+        async with service.client() as client:
+            clients = [asyncio.create_task(client.post("/v1/upscale", content=stalls())) for _ in range(4)]
+            while stalled < 4:
+                await asyncio.sleep(0.01)
+            assert service.gateway.held.bytes == 4000
+            refused = await client.post("/v1/upscale", content=b"x" * 1000)  # declared: before it is read
+            body = is_problem(refused, 503, "5000 bytes", "at most 4999 bytes")
+            assert (body["field"], int(refused.headers["retry-after"])) == ("bodies", 1)
+            async with asyncio.timeout(10):
+                is_problem(await client.post("/v1/upscale", content=stalls()), 503, "5000 bytes")  # and not declared
+            is_problem(await client.post("/v1/upscale", content=b"x" * 999), 415)  # the control: that is taken
+            for task in clients:
+                task.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+            assert service.gateway.held.bytes == 0
+            is_problem(await client.post("/v1/upscale", content=b"x" * 1001), 415)
+
+    asyncio.run(main())
+    assert service.upscale(png(photo(8, 8))).status_code == 200
+    assert service.gateway.held.bytes == 0
+
+
 def test_output_and_time_are_limited_too(make: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> None:
     service = make(max_output_pixels=4 * 40 * 52 - 1, timeout_s=30.0)
     is_problem(service.upscale(png(photo())), 413, "104x80", "output")

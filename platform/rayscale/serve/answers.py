@@ -84,15 +84,19 @@ def timing_header(spans: Mapping[str, float]) -> str:
 Work = Callable[[Body], Coroutine[Any, Any, Answer]]
 
 
-async def respond(gateway: Gateway, request: Request, work: Work, body: Body | None = None) -> Response:
-    """Have `work` answer the body, read within the limits where it is not given; stop when the client hangs up."""
-    settings = gateway.settings
-    if body is None:
-        body = await read_body(request, settings.limits.max_bytes, settings.timeout_s)
+async def respond(gateway: Gateway, request: Request, work: Work, *, max_bytes: int = 0) -> Response:
+    """Have `work` answer the body, read within the limits; stop when the client hangs up.
+
+    `max_bytes` of the body; 0: as many as a picture may have.
+    """
+    settings, held = gateway.settings, gateway.held
+    body = await read_body(request, max_bytes or settings.limits.max_bytes, settings.timeout_s, held)
     try:
         watched = request.scope.get(problems.WATCHED, False)
         answer = await (work(body) if watched else while_connected(request, work(body)))
     except ClientGone:
         log.info("request %s: the client hung up", request.scope["rayscale.request_id"])
         return Response(status_code=problems.CLIENT_GONE)
+    finally:
+        held.bytes -= len(body.data)
     return Response(answer.body, media_type=answer.media_type, headers={**answer.headers, "Vary": "Accept"})

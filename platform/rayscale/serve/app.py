@@ -75,6 +75,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     tile_px: int = pydantic.Field(256, ge=16)
     whole_max_px: int = pydantic.Field(512 * 512, ge=1)  # area that runs untiled
     max_bytes: int = pydantic.Field(64 << 20, ge=1)
+    max_held_bytes: int = pydantic.Field(512 << 20, ge=1)  # of the bodies of all requests in a gateway
     max_pixels: int = pydantic.Field(64_000_000, ge=1)
     max_output_pixels: int = pydantic.Field(128_000_000, ge=1)
     max_method_pixels: int = pydantic.Field(4_000_000, ge=1)  # of pictures for classical filters and comparisons
@@ -87,6 +88,13 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     sync_s: float = pydantic.Field(0.5, gt=0, le=2.0)  # how often a replica reports
     probation_s: float = pydantic.Field(600.0, ge=0)  # a new version is watched so long, a canary at a time; 0: never
     ready_wait_s: float = pydantic.Field(60.0, ge=0)  # a starting replica waits so long for its models
+
+    @pydantic.model_validator(mode="after")
+    def _holds_one(self) -> Self:
+        if self.max_held_bytes < 2 * self.max_bytes:
+            rule = f"must be at least twice max_bytes ({self.max_bytes}): in JSON a picture is a third longer"
+            raise ConfigError("args.max_held_bytes", self.max_held_bytes, rule, "raise it, or lower max_bytes")
+        return self
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -118,6 +126,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             max_output_pixels=self.max_output_pixels,
             max_method_pixels=self.max_method_pixels,
             max_items=self.max_items,
+            max_held_bytes=self.max_held_bytes,
             keys=keys.load(self.api_keys),
             default_model=self.default_model,
             timeout_s=self.timeout_s,
@@ -319,7 +328,11 @@ RolloutDeployment = serve.deployment(
 EngineDeployment = serve.deployment(
     name="Engine", max_ongoing_requests=64, logging_config={"enable_access_log": False}
 )(EngineReplica)  # the gateway's log has the request
-GatewayDeployment = serve.deployment(name="Gateway")(serve.ingress()(GatewayReplica))
+# Who is refused, and when it may come back, the gateway decides; Ray knows neither cost nor deadline. Its own limits
+# are for what no gateway can hold: more connections than these, refused in plain text.
+GatewayDeployment = serve.deployment(
+    name="Gateway", max_ongoing_requests=1000, max_queued_requests=1000, backpressure_config={"retry_after_s": 5}
+)(serve.ingress()(GatewayReplica))
 
 
 def build(args: AppArgs) -> Application:

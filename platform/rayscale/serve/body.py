@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import logging
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from rayscale.errors import ConfigError, ImageError, MediaTypeError, TooLargeError, nearest
 from rayscale.serve.lean import header
+from rayscale.serve.problems import BusyError
 
 T = TypeVar("T")
 
@@ -153,10 +154,31 @@ def _form(data: bytes, content_type: str, most: int) -> list[tuple[str, bytes]]:
     return parts
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
-    """The whole body, of at most `max_bytes` of pictures.
+class Held:
+    """Bytes of bodies that a gateway holds, all requests together: uploads must not fill its memory."""
 
-    Raises: TooLargeError, before reading it where its length is declared; MediaTypeError; HTTPException 408.
+    def __init__(self, max_bytes: int, backlog_s: Callable[[], float]) -> None:
+        """`backlog_s`: when those that are here will be done."""
+        self._max_bytes, self._backlog_s = max_bytes, backlog_s
+        self.bytes = 0
+
+    def check(self, more: int) -> None:
+        """Raises: BusyError where there is no room for so many more."""
+        if self.bytes + more > self._max_bytes:
+            raise BusyError(
+                "bodies",
+                f"{self.bytes + more} bytes",
+                f"at most {self._max_bytes} bytes of requests are held at once",
+                "try again later",
+                retry_after_s=self._backlog_s(),
+            )
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float, held: Held) -> Body:
+    """The whole body, of at most `max_bytes` of pictures. Who gets it takes its length from `held` in the end.
+
+    Raises: TooLargeError and BusyError, before reading it where its length is declared; MediaTypeError;
+        HTTPException 408.
     """
     if encoding := header(request.scope, b"content-encoding"):
         raise MediaTypeError("Content-Encoding", encoding, "bodies are not compressed", "send the picture as it is")
@@ -168,18 +190,25 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
     elif kind.startswith("multipart/"):
         raise MediaTypeError("Content-Type", kind, f"of multipart, {FORM} is read", _SHOW)
     declared = header(request.scope, b"content-length")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise _too_long(int(declared), max_bytes)
+    if declared.isdigit():  # nothing is set aside for it: who declares much and sends nothing would keep others out
+        if int(declared) > max_bytes:
+            raise _too_long(int(declared), max_bytes)
+        held.check(int(declared))
     chunks, size = [], 0
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise _too_long(size, max_bytes)
+                if size + len(chunk) > max_bytes:
+                    raise _too_long(size + len(chunk), max_bytes)
                 if chunk:  # the last is empty: with it, one chunk would be copied
+                    held.check(len(chunk))
                     chunks.append(chunk)
-    except TimeoutError:
+                    size += len(chunk)
+                    held.bytes += len(chunk)
+    except BaseException as error:
+        held.bytes -= size
+        if not isinstance(error, TimeoutError):
+            raise
         rule = f"the body did not arrive within {timeout_s:.0f} s"
         raise HTTPException(408, f"body: {rule}; send a smaller file") from None
     return Body(b"".join(chunks), body.content_type)

@@ -19,6 +19,7 @@ from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
 from rayscale.serve.batching import Timing
+from rayscale.serve.body import Held
 from rayscale.serve.course import Begin, Tiled
 from rayscale.serve.engine import Runner
 from rayscale.serve.keys import Key
@@ -47,6 +48,7 @@ class GatewaySettings:
     max_method_pixels: int = 4_000_000  # of a picture for classical filters and comparisons, which are slow and wide
     max_items: int = 64  # pictures generated, embedded or compared in one request
     default_model: str = ""  # "": the only one that fits the route
+    max_held_bytes: int = 512 << 20  # of the bodies of all requests together
     timeout_s: float = 60.0
     codec_threads: int = 2
     quality: int = 95  # JPEG and WebP, 1..100
@@ -107,6 +109,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
+        self.held = Held(settings.max_held_bytes, engine.backlog_s)
         self._codecs = Threads(settings.codec_threads, "codec")
         self._quick = Threads(1, "quick")  # headers, and all of small pictures
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")

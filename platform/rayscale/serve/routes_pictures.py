@@ -10,8 +10,8 @@ from fastapi.exceptions import RequestValidationError
 
 from rayscale.errors import ConfigError, MediaTypeError
 from rayscale.serve import pages
-from rayscale.serve.answers import negotiate, respond
-from rayscale.serve.body import JSON, Body, read_body
+from rayscale.serve.answers import Answer, negotiate, respond
+from rayscale.serve.body import JSON, Body
 from rayscale.serve.gateway import Gateway, Role, who_asks
 from rayscale.serve.generate import GenerateRequest, check, generate
 from rayscale.serve.lean import LeanRoute
@@ -148,12 +148,15 @@ def routes(gateway: Gateway) -> APIRouter:
     async def generated(request: Request, accept: Accept = "*/*") -> Response:
         gateway.check_ready()
         form = negotiate(accept)
-        body = await read_body(request, SETTINGS_BYTES, gateway.settings.timeout_s)
-        ask = _asked(body)
-        check(gateway, ask, form)
-        release = gateway.resolve(ask.model, "generate", who=who_asks(request.scope))
-        request.scope["rayscale.model"] = release.name
-        return await respond(gateway, request, lambda _: generate(gateway, ask, release, form), body)
+
+        async def work(body: Body) -> Answer:
+            ask = _asked(body)
+            check(gateway, ask, form)
+            release = gateway.resolve(ask.model, "generate", who=who_asks(request.scope))
+            request.scope["rayscale.model"] = release.name
+            return await generate(gateway, ask, release, form)
+
+        return await respond(gateway, request, work, max_bytes=SETTINGS_BYTES)
 
     return router
 
