@@ -104,6 +104,45 @@ class Admission:
             return wait_s
 
 
+class CodecLoad:
+    """What decoding and encoding still take for those who were let in: with a small net that is most of the work."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._seconds_per_px = 0.0  # measured while others decode and encode too, so a full machine shows
+        self.left_s: dict[object, float] = {}  # of each that is on its way
+
+    def cost_s(self, pixels: int) -> float:
+        """Of so many pixels read and written."""
+        return pixels * self._seconds_per_px
+
+    def backlog_s(self) -> float:
+        return sum(self.left_s.copy().values()) / self.threads  # a copy: codec threads add to it
+
+    def learn(self, pixels: int, seconds: float) -> None:
+        measured, before = seconds / pixels, self._seconds_per_px
+        self._seconds_per_px += (measured - before) * (0.2 if before else 1.0)
+
+
+class CodecShare:
+    """One request's part of it. A thread that comes late to a request that has ended enters nothing."""
+
+    def __init__(self, load: CodecLoad) -> None:
+        self._left_s, self._cost_s, self._ended = load.left_s, load.cost_s, False
+
+    def enter(self, pixels: int) -> None:
+        self._left_s[self] = self._cost_s(pixels)
+        if self._ended:
+            self.leave()
+
+    def leave(self) -> None:
+        self._left_s.pop(self, None)
+
+    def end(self) -> None:
+        self._ended = True
+        self.leave()
+
+
 class Gateway:
     """Chooses the model, guards the engine, and follows a routing table."""
 
@@ -111,6 +150,7 @@ class Gateway:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
         self.held = Held(settings.max_held_bytes, engine.backlog_s)
         self._codecs = Threads(settings.codec_threads, "codec")
+        self.codec_load = CodecLoad(settings.codec_threads)
         self._quick = Threads(1, "quick")  # headers, and all of small pictures
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._waiting = 0
@@ -196,16 +236,26 @@ class Gateway:
         """Of a request whose body is here, on time.monotonic()."""
         return time.monotonic() + self.settings.timeout_s
 
-    def admit(self, cost_s: float, deadline: float, what: str) -> None:
-        """Refuse now what would miss its deadline anyway. Raises: TooLargeError, BusyError."""
-        if cost_s > self.settings.timeout_s:
-            rule = f"takes about {cost_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
+    def admit(self, cost_s: float, deadline: float, what: str, *, codec_px: int = 0) -> None:
+        """Refuse now what would miss its deadline anyway. Raises: TooLargeError, BusyError.
+
+        `cost_s` of the engine; `codec_px`: pixels to be read and written.
+        """
+        load = self.codec_load
+        codec_s = load.cost_s(codec_px)
+        total_s = cost_s + codec_s
+        if total_s > self.settings.timeout_s:
+            rule = f"takes about {total_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
             remedy = "ask for less, or run the model yourself: rayscale upscale IN OUT --model NAME"
             raise TooLargeError("request", what, rule, remedy)
-        now, backlog_s = time.monotonic(), self.engine.backlog_s()
-        wait_s = self._admission.wait_s(cost_s, backlog_s, deadline - now, now, self.engine.num_engines)
+        now, who, own_s = time.monotonic(), "engine", cost_s
+        backlog_s, servers = self.engine.backlog_s(), self.engine.num_engines
+        if codec_px and (waiting_s := load.backlog_s()) > backlog_s:  # where it waits longer
+            who, own_s, backlog_s, servers = "codecs", codec_s, waiting_s, load.threads
+        left_s = deadline - now - (total_s - own_s)
+        wait_s = self._admission.wait_s(own_s, backlog_s, left_s, now, servers)
         if wait_s is not None:
-            raise BusyError("engine", f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
+            raise BusyError(who, f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
                             "try again later", retry_after_s=wait_s)  # fmt: skip
 
     # threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -47,14 +47,15 @@ class Looked:
     masked: bool
     plan: Plan
     spec: Spec
-    at: float  # time.monotonic()
+    at: float = field(default_factory=time.monotonic)
 
     @property
-    def quick(self) -> bool:
-        """Whether its codecs take a millisecond or two."""
+    def codec_px(self) -> int:
+        """Pixels to be read and written; 0: its codecs take a millisecond or two."""
         header = self.files.header
-        pixels = header.width * header.height * len(self.files.frames)
-        return pixels <= SMALL_PX and pixels * self.spec.scale**2 <= 4 * SMALL_PX
+        area = header.width * header.height
+        read, written = area * len(self.files.frames), area * self.spec.scale**2
+        return 0 if read <= SMALL_PX and written <= 4 * SMALL_PX else read + written
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,9 @@ def look(gateway: Gateway, body: Body, release: Release, role: Role, deadline: f
     header = files.header
     check_output(gateway, header, spec.scale)
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
-    admit(gateway, release, planned, deadline)
-    return Looked(files=files, role=role, masked=masked, plan=planned, spec=spec, at=time.monotonic())
+    looked = Looked(files=files, role=role, masked=masked, plan=planned, spec=spec)
+    admit(gateway, release, looked, deadline)
+    return looked
 
 
 def cut(looked: Looked, limits: Limits) -> Work:
@@ -99,10 +101,11 @@ def cut(looked: Looked, limits: Limits) -> Work:
     return Work(found, planned, spec, Canvas(planned, found.rgb if mask is None else np.dstack([found.rgb, mask])))
 
 
-def admit(gateway: Gateway, release: Release, planned: Plan, deadline: float) -> None:
+def admit(gateway: Gateway, release: Release, looked: Looked, deadline: float) -> None:
     """Raises: as `Gateway.admit`."""
+    planned = looked.plan
     cost_s = gateway.engine.cost_s(release.digest, planned.pixels)
-    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}")
+    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}", codec_px=looked.codec_px)
 
 
 def check_output(gateway: Gateway, header: Header, scale: int) -> None:

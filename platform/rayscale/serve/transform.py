@@ -13,7 +13,7 @@ from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
 from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas
-from rayscale.serve.gateway import Gateway, Role
+from rayscale.serve.gateway import CodecShare, Gateway, Role
 from rayscale.serve.intake import Looked, Work, admit, burst, check_output, cut, decode, decode_burst, look, single
 from rayscale.serve.methods import MASKED, filtered, merged
 from rayscale.serve.table import Release
@@ -36,30 +36,42 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
     looked: list[Looked] = []
     begun: list[Work] = []
 
+    share, codec_px = CodecShare(gateway.codec_load), 0
+
     def first() -> bool:
+        nonlocal codec_px
         looked.append(look(gateway, body, release, role, deadline))
-        return looked[0].quick
+        if codec_px := looked[0].codec_px:
+            share.enter(codec_px)
+        return not codec_px
 
     def begin() -> Canvas | None:
         let_in = looked.pop()
         work = cut(let_in, gateway.settings.limits)
         if time.monotonic() - let_in.at > AGAIN_S:
-            admit(gateway, release, work.plan, deadline)  # again: others were let in while it waited and was decoded
+            share.leave()  # nobody waits for himself
+            admit(gateway, release, let_in, deadline)  # again: others were let in while it waited and was decoded
+            share.enter(codec_px)
         begun.append(work)
         return work.canvas if isinstance(work.canvas, Canvas) else None
 
     def end() -> Answer:
         return _finish(gateway, begun[0], finish, {**gateway.about(release), "tiling": begun[0].plan.tiling})
 
-    made = await gateway.made(release.digest, len(body.data), first, begin, end, spans, deadline)
-    (work,) = begun
-    if made is not None:
-        answer = made
-    else:
-        assert isinstance(work.canvas, DeepCanvas)
-        timing = await deep.run(gateway, work.canvas, release.digest, work.spec.outputs[0].name, deadline)
-        spans["queue"], spans["infer"] = timing
-        answer, spans["encode"] = await gateway.codec(end)
+    try:
+        made = await gateway.made(release.digest, len(body.data), first, begin, end, spans, deadline)
+        (work,) = begun
+        if made is not None:
+            answer = made
+        else:
+            assert isinstance(work.canvas, DeepCanvas)
+            timing = await deep.run(gateway, work.canvas, release.digest, work.spec.outputs[0].name, deadline)
+            spans["queue"], spans["infer"] = timing
+            answer, spans["encode"] = await gateway.codec(end)
+    finally:
+        share.end()
+    if codec_px:
+        gateway.codec_load.learn(codec_px, spans["decode"] + spans["encode"])
     gateway.meters.add("rayscale_tiles_total", len(work.plan.tiles), model=release.name)
     gateway.meters.add("rayscale_queue_seconds", spans["queue"], model=release.name)
     headers = {
