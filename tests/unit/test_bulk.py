@@ -176,13 +176,52 @@ def test_an_output_that_nobody_vouches_for_is_made_again(tmp_path: Path) -> None
     assert Ledger(store, "m").unfinished(items) == items
 
 
+def numbered(num: int, etag: str = "e") -> list[Item]:
+    return [Item(f"/in/{i}.png", f"{i}.png", etag, f"{i}.png") for i in range(num)]
+
+
+def fail(ledger: Ledger, items: Sequence[Item], why: str = "no picture") -> None:
+    for item in items:
+        ledger.add(Done(item, error=why))
+    ledger.flush()
+
+
+def test_what_failed_comes_last_the_longest_ago_first(tmp_path: Path) -> None:
+    store, work = LocalStore(str(tmp_path)), numbered(6)
+    fail(Ledger(store, "m"), [work[1], work[0]])
+    assert Ledger(store, "m").unfinished(work) == [*work[2:], work[1], work[0]]
+    finish(Ledger(store, "m"), [work[3]])
+    fail(Ledger(store, "m"), [work[1], work[4]], "truncated")
+    ledger = Ledger(store, "m")
+    assert ledger.unfinished(work) == [work[2], work[5], work[0], work[1], work[4]]
+    assert [(d.item.key, d.error) for d in ledger.failures(work)] == [
+        ("0.png", "no picture"), ("1.png", "truncated"), ("4.png", "truncated")]  # fmt: skip
+
+    finish(Ledger(store, "m"), [work[0], work[1]])
+    ledger = Ledger(store, "m")
+    assert [d.item.key for d in ledger.failures(work)] == ["4.png"], "those that were made have failed no more"
+    assert ledger.unfinished(work) == [work[2], work[5], work[4]]
+
+
+def test_another_content_or_model_has_not_failed_yet(tmp_path: Path) -> None:
+    """Negative control: a failure says nothing of what was not tried."""
+    store, work = LocalStore(str(tmp_path)), numbered(3)
+    fail(Ledger(store, "m"), work[:1])
+    changed = [*numbered(1, "another"), *work[1:]]
+    for ledger, items in ((Ledger(store, "m"), changed), (Ledger(store, "another model"), work)):
+        assert ledger.unfinished(items) == items
+        assert ledger.failures(items) == []
+
+
 def test_a_ledger_of_many_parts_becomes_one(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    work = [Item(f"/in/{i}.png", f"{i}.png", "e", f"{i}.png") for i in range(bulk.PARTS_MAX + 5)]
+    work = numbered(bulk.PARTS_MAX + 5)
     for item in work:
         finish(Ledger(store, "m"), [item])
+    bad = numbered(bulk.PARTS_MAX + 7)[-2:]
+    fail(Ledger(store, "m"), bad[::-1])
     assert len(list(store.list(bulk.LEDGER))) <= bulk.PARTS_MAX + 1
-    assert Ledger(store, "m").unfinished(work) == []
+    assert Ledger(store, "m").unfinished([*work, *bad]) == bad[::-1]
 
 
 # --- carrying it out
@@ -215,11 +254,18 @@ def test_few_are_in_flight_and_all_come_back() -> None:
 
 
 def test_giving_up_needs_many_failures_and_most() -> None:
-    assert not bulk.hopeless(19, 19)
-    assert bulk.hopeless(20, 20)
-    assert bulk.hopeless(39, 20)
-    assert not bulk.hopeless(40, 20)
-    assert not bulk.hopeless(100_000, 1000)
+    assert not bulk.hopeless(19, 19, 0.0)
+    assert bulk.hopeless(20, 20, 0.0)
+    assert bulk.hopeless(39, 20, 0.0)
+    assert not bulk.hopeless(40, 20, 0.0)
+    assert not bulk.hopeless(100_000, 1000, 0.0)
+
+
+def test_giving_up_needs_more_failures_than_may_be() -> None:
+    assert bulk.hopeless(39, 20, 0.4), "half of them may anyway"
+    assert bulk.hopeless(99, 90, 0.9)
+    assert not bulk.hopeless(100, 90, 0.9)
+    assert not bulk.hopeless(100_000, 100_000, 1.0)
 
 
 # --- by the model
@@ -384,19 +430,100 @@ def test_what_the_endpoint_refuses_is_listed_and_the_rest_is_made(
     assert (code, result["made"], result["skipped"]) == (0, 1, 4)
 
 
+def bad_and_good(folder: Path, bad: int, good: int) -> None:
+    """An endpoint that only knows bodies is told which are bad: they come first by their names."""
+    folder.mkdir()
+    for i in range(bad + good):
+        (folder / f"{i:03d}.png").write_bytes(b"bad" if i < bad else b"good")
+
+
+@pytest.fixture
+def picky(server: Any) -> Any:
+    """It refuses what is bad."""
+    refusal = problem(422, "image", "image=3 bytes: is no picture; send a whole one")
+    good, heard = server.default, server.next
+    server.next = lambda asked: refusal if heard(asked) and asked.body == b"bad" else good
+    return server
+
+
+def test_bad_pictures_in_front_do_not_keep_a_run_from_those_behind(
+    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run stops at them, the second begins behind them and tries them again."""
+    bad, good = 25, 12
+    bad_and_good(tmp_path / "in", bad, good)
+    run = "upscale", tmp_path / "in", tmp_path / "out", "--url", picky.url, "--concurrency", "1"
+
+    def once(*more: str) -> tuple[int, Any, str, list[str]]:
+        code, result, err = command(monkeypatch, capsys, *run, *more)
+        listed = json.loads((tmp_path / "out/errors.json").read_text())
+        return code, result, err, [one["key"] for one in listed]
+
+    code, result, err, listed = once()
+    assert (code, result["made"], result["failed"]) == (1, 0, 20)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(
+        "error: --error-budget=0.0: 20 of the 20 pictures that were tried failed, 17 were not tried; "
+    )
+    assert "the last: image=3 bytes: is no picture" in err
+    assert listed == [f"{i:03d}.png" for i in range(20)]
+
+    code, result, err, listed = once()
+    assert (code, result["made"], result["failed"]) == (1, good, bad), "all is tried, and all that can be is made"
+    assert "error: pictures=25 of 37: could not be made" in err
+    assert listed == [f"{i:03d}.png" for i in range(bad)]
+
+    before = len(picky.asked)
+    code, result, err, listed = once("--error-budget", "0.7")
+    assert (code, result["skipped"], result["failed"], len(listed)) == (0, good, bad, bad), "25 of 37 are 0.68"
+    assert "stopped: 20 of 20 failed" in err
+    assert len(picky.asked) - before < bad, "what failed before is not tried without end, and counts nevertheless"
+    (tmp_path / "in/024.png").write_bytes(b"good")
+    code, result, err, listed = once("--error-budget", "0.7")
+    assert (code, result["made"], result["failed"], len(listed)) == (0, 1, bad - 1, bad - 1)
+
+
+def test_a_run_that_tried_all_has_not_stopped(
+    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_and_good(tmp_path / "in", bulk.FAILED_LEAST, 0)
+    code, result, err = command(monkeypatch, capsys, "upscale", tmp_path / "in", tmp_path / "out", "--url", picky.url)
+    assert (code, result["failed"]) == (1, bulk.FAILED_LEAST)
+    assert "error: pictures=20 of 20: could not be made" in err
+    assert "stopped" not in err
+
+
+def test_a_budget_of_one_never_stops(
+    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_and_good(tmp_path / "in", 30, 2)
+    run = "upscale", tmp_path / "in", tmp_path / "out", "--url", picky.url
+    for skipped, tried in ((0, 32), (2, 30)):
+        before = len(picky.asked)
+        code, result, err = command(monkeypatch, capsys, *run, "--error-budget", "1")
+        assert (code, result["made"] + result["skipped"], result["failed"], result["skipped"]) == (0, 2, 30, skipped)
+        assert len(picky.asked) - before == tried
+        assert "stopped" not in err
+
+
 def test_an_endpoint_that_refuses_everything_is_not_asked_for_ever(
     tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "in").mkdir()
-    for i in range(60):
-        (tmp_path / f"in/{i}.png").write_bytes(b"x")
+    """In no run, as long as a budget does not allow it; then, in the right settings, all are made at once."""
+    bad_and_good(tmp_path / "in", 0, 60)
+    good = server.default
     server.default = problem(401, "unauthorized", "key=(none): this server wants one; set RAYSCALE_API_KEY")
-    code, result, err = command(monkeypatch, capsys, "upscale", tmp_path / "in", tmp_path / "out", "--url", server.url,
-                                "--error-budget", "1")  # fmt: skip
-    assert code == 1
-    assert (result["made"], result["failed"]) == (0, bulk.FAILED_LEAST)
-    assert len(server.asked) < 40
-    assert "stopped: 20 of 20 failed" in err
+    run = "upscale", tmp_path / "in", tmp_path / "out", "--url", server.url, "--error-budget", "0.95"
+    for known in (20, 40, 60, 60):
+        before = len(server.asked)
+        code, result, err = command(monkeypatch, capsys, *run)
+        assert (code, result["made"], result["failed"]) == (1, 0, known)
+        assert len(server.asked) - before < 40
+        assert ("error: --error-budget=0.95: 20 of the 20 pictures" in err) == (known < 60), err
+        assert ("error: pictures=60 of 60" in err) == (known == 60)
+    server.default = good
+    code, result, _ = command(monkeypatch, capsys, *run)
+    assert (code, result["made"], result["failed"], (tmp_path / "out/errors.json").exists()) == (0, 60, 0, False)
 
 
 def test_one_picture_goes_to_a_file(

@@ -2,7 +2,8 @@
 
 A result is whole or not there (stores write atomically), and counts as finished where the ledger beside it says that
 it was made of this very input by this very maker, and it still has the size that was written. So the same command
-goes on after an interruption, makes anew what has changed, and leaves no picture of another model behind.
+goes on after an interruption, makes anew what has changed, and leaves no picture of another model behind. What failed
+is on record there too and is tried again last, so that bad pictures never keep a run from the good ones after them.
 """
 
 from __future__ import annotations
@@ -128,18 +129,23 @@ def suffix(key: str, *, lower: bool = True) -> str:
 # --- what was made already
 
 
+Entry = tuple[str, str, int | str]
+"""Of an output: its input's etag, its maker, and its bytes or, in a line, why there is none."""
+
+
 class Ledger:
-    """What lies in a place and how it was made: {output: (input's etag, maker, bytes)}, kept in parts beside it."""
+    """What lies in a place and how it was made, or why it is not there: kept in parts beside it."""
 
     def __init__(self, store: Store, maker: str) -> None:
         """`maker`: digest of all that decides the output but the input."""
         self.store, self.maker = store, maker
-        self._known: dict[str, tuple[str, str, int]] = {}
-        self._new: dict[str, tuple[str, str, int]] = {}
+        self._known: dict[str, Entry] = {}  # by output, in the order in which they were tried last
+        self._new: dict[str, Entry] = {}
         self._flushed = time.monotonic()
         parts = [entry.key for entry in store.list(LEDGER)]
         for part in parts:
-            self._known |= {out: (etag, by, size) for out, etag, by, size in json.loads(store.read(part))}
+            for out, *entry in json.loads(store.read(part)):
+                self._note(out, tuple(entry))
         if len(parts) > PARTS_MAX:
             self._new = dict(self._known)
             self.flush()
@@ -147,7 +153,7 @@ class Ledger:
                 store.delete(part)
 
     def unfinished(self, work: Sequence[Item]) -> list[Item]:
-        """What is left to make."""
+        """What is left to make: what is new or has changed, then what failed, the longest ago first."""
         if not self._known:
             return list(work)
         there = {entry.key: entry.size for entry in self.store.list()}
@@ -155,11 +161,28 @@ class Ledger:
         again = sum(one.out in self._known and one.out in there for one in left)
         if again:
             log.info("%d were made of other pictures, by another model or with other settings: made again", again)
-        return left
+        turn = {out: num for num, out in enumerate(self._known, 1)}
+        return sorted(left, key=lambda one: turn[one.out] if self._why(one) else 0)
+
+    def failures(self, work: Sequence[Item]) -> list[Done]:
+        """What of it failed when it was tried last, in this run or before."""
+        return [Done(one, error=why) for one in work if (why := self._why(one))]
+
+    def _why(self, one: Item) -> str:
+        match self._known.get(one.out):
+            case (one.etag, self.maker, str(why)):
+                return why
+        return ""
+
+    def _note(self, out: str, entry: Entry) -> None:
+        self._known.pop(out, None)
+        self._known[out] = entry
 
     def add(self, done: Done) -> None:
-        """Note one that was written; kept every few seconds."""
-        self._known[done.item.out] = self._new[done.item.out] = (done.item.etag, self.maker, done.size)
+        """Note what became of one; kept every few seconds."""
+        entry = (done.item.etag, self.maker, done.error or done.size)
+        self._note(done.item.out, entry)
+        self._new[done.item.out] = entry
         if time.monotonic() - self._flushed >= FLUSH_S:
             self.flush()
 
@@ -191,9 +214,12 @@ def at_once(worker: Worker, work: Iterable[Item], num: int) -> Iterator[Done]:
                 future.cancel()
 
 
-def hopeless(done: int, failed: int) -> bool:
-    """Whether more of the work would fail too: not a few pictures are bad, something else is."""
-    return failed >= FAILED_LEAST and 2 * failed > done
+def hopeless(tried: int, failed: int, budget: float) -> bool:
+    """Whether more of the work would fail too: not a few pictures are bad, something else is.
+
+    `budget`: the share that may fail; half of them may anyway.
+    """
+    return failed >= FAILED_LEAST and failed > max(0.5, budget) * tried
 
 
 def sweep(store: Store, work: Sequence[Item]) -> None:

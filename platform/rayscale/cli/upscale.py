@@ -99,15 +99,21 @@ def upscale(
     workers: Annotated[int | None, typer.Option(min=1, help="On Ray, at most.", show_default="what fits")] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="On Ray; also ONNX Runtime's threads.")] = 1,
     error_budget: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the pictures that may fail with exit code 0.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the pictures that may fail with exit code 0. A run also stops where more than it, more than "
+            f"half and at least {bulk.FAILED_LEAST} of those tried have failed; with 1 it never does.",
+        ),
     ] = 0.0,
 ) -> dict[str, Any]:
     """Upscale (or restore) many pictures: with `--url` by an endpoint, else by the model itself, with equal bytes.
 
     The same command goes on after an interruption: what is finished is skipped, what has changed (the picture, the
     format, the model; of an endpoint only its name counts) is made again. Results appear whole or not at all. Pictures
-    that fail do not stop the others: they are listed at the end and in `OUT/errors.json`, and the exit code is 1 where
-    they are more than `--error-budget`. Where most fail, it stops.
+    that fail do not stop the others: they are listed at the end and in `OUT/errors.json`, the same command tries them
+    again after all others, and the exit code is 1 where they are more than `--error-budget`. Where most fail, it stops.
     """
     started = time.monotonic()
     place, pictures, media, foreign, single = _work(source, out, media)
@@ -127,7 +133,10 @@ def upscale(
         how = _by_model(making, on, [open_store(source), place], workers, cpus_per_worker)
     ledger = None if single else Ledger(place, how.maker)
     left = ledger.unfinished(pictures) if ledger else pictures
-    made, failures = _drive(how, left, ledger)
+    made, failures = _drive(how, left, ledger, error_budget)
+    tried, failed = sum(made.values()) + len(failures), len(failures)
+    if ledger:
+        failures = ledger.failures(pictures)  # of earlier runs too, where this one stopped before it came to them
     if len(made) > 1:
         log.warning("several versions answered: %s", ", ".join(f"{n} x {name}" for name, n in made.most_common()))
     result = {
@@ -143,9 +152,10 @@ def upscale(
     if not single:
         bulk.sweep(place, pictures)
         bulk.write_errors(place, failures)
-    if len(failures) > error_budget * len(pictures) or sum(made.values()) + len(failures) < len(left):
+    untried = len(left) - sum(made.values()) - len(failures)
+    if untried or len(failures) > error_budget * len(pictures):
         print(json.dumps(result), flush=True)
-        raise _unmade(failures, len(left), single)
+        raise _stopped(error_budget, failed, tried, untried) if untried else _unmade(failures, len(left), single)
     return result
 
 
@@ -251,8 +261,8 @@ def _by_model(making: Making, on: Where, stores: Sequence[Store], workers: int |
     return How(maker, spread)
 
 
-def _drive(how: How, left: Sequence[Item], ledger: Ledger | None) -> tuple[Counter[str], list[Done]]:
-    """Make what is left: ({model: pictures}, failures). Stops where most fail."""
+def _drive(how: How, left: Sequence[Item], ledger: Ledger | None, budget: float) -> tuple[Counter[str], list[Done]]:
+    """Make what is left: ({model: pictures}, failures). Stops where most fail, and more than may."""
     made: Counter[str] = Counter()
     failures: list[Done] = []
     if not left:
@@ -264,16 +274,22 @@ def _drive(how: How, left: Sequence[Item], ledger: Ledger | None) -> tuple[Count
                     failures.append(done)
                 else:
                     made[done.model] += 1
-                    if ledger is not None:
-                        ledger.add(done)
+                if ledger is not None:
+                    ledger.add(done)
                 bar.update(num, f"{len(failures)} failed" if failures else "")
-                if bulk.hopeless(num, len(failures)):
-                    log.error("stopped: %d of %d failed", len(failures), num)
+                if num < len(left) and bulk.hopeless(num, len(failures), budget):
+                    log.warning("stopped: %d of %d failed, the last: %s", len(failures), num, failures[-1].error)
                     break
     finally:
         if ledger is not None:
             ledger.flush()
     return made, failures
+
+
+def _stopped(budget: float, failed: int, tried: int, untried: int) -> DamageError:
+    rule = f"{failed} of the {tried} pictures that were tried failed, {untried} were not tried"
+    remedy = f"mend what OUT/{bulk.ERRORS} says; the same command goes on with the others, with 1 to the end"
+    return DamageError("--error-budget", budget, rule, remedy)
 
 
 def _unmade(failures: Sequence[Done], left: int, single: bool) -> DamageError:
