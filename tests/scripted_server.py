@@ -46,8 +46,8 @@ def problem(status: int, kind: str, detail: str, **headers: str) -> Say:
 
 
 MADE_BY = {"Content-Type": "image/png", "X-Rayscale-Model": "photos:3", "X-Rayscale-Digest": "d" * 64,
-           "X-Rayscale-Tiling": "tiled 9", "X-Rayscale-Provider": "CPUExecutionProvider", "X-Request-Id": "r1",
-           "Server-Timing": "decode;dur=1.5, infer;dur=20.25"}  # fmt: skip
+           "X-Rayscale-Tiling": "tiled 9", "X-Rayscale-Bits": "16", "X-Rayscale-Provider": "CPUExecutionProvider",
+           "X-Request-Id": "r1", "Server-Timing": "decode;dur=1.5, infer;dur=20.25"}  # fmt: skip
 
 
 class ScriptedServer:

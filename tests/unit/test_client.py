@@ -81,12 +81,25 @@ def test_a_picture_comes_back_with_who_made_it(connect: Any, server: Any, tmp_pa
     assert asked.headers["accept"] == "image/webp"
     assert (answer.data, answer.media_type) == (b"\x89PNG of it", "image/png")
     assert (answer.model, answer.version, answer.digest) == ("photos", 3, "d" * 64)
-    assert answer.tiling == "tiled 9"
+    assert (answer.tiling, answer.bits) == ("tiled 9", 16)
+    assert (answer.provider, answer.request_id) == ("CPUExecutionProvider", "r1")
     assert answer.timing_ms == {"decode": 1.5, "infer": 20.25}
     assert answer.attempts == 1
     answer.save(tmp_path / "new" / "out.png")
     assert (tmp_path / "new/out.png").read_bytes() == answer.data
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.png"]
+
+
+def parts(asked: Any) -> list[tuple[str, bytes]]:
+    """Of a form, in their order."""
+    boundary = asked.headers["content-type"].partition("boundary=")[2].encode()
+    found = [part.partition(b"\r\n\r\n") for part in asked.body.split(b"--" + boundary)[1:-1]]
+    return [(head.split(b'name="')[1].split(b'"')[0].decode(), body.removesuffix(b"\r\n")) for head, _, body in found]
+
+
+def as_json(value: Any, **headers: str) -> Any:
+    named = {name.replace("_", "-"): text for name, text in headers.items()}
+    return Say(body=json.dumps(value).encode(), headers={**MADE_BY, "Content-Type": "application/json", **named})
 
 
 def test_pixels_travel_as_png(connect: Any, server: Any) -> None:
@@ -95,13 +108,11 @@ def test_pixels_travel_as_png(connect: Any, server: Any) -> None:
     server.default.body = bytes(cv2.imencode(".png", pixels[:, :, ::-1])[1])
     answer = connect(server.url).restore(pixels, mask)
     np.testing.assert_array_equal(answer.pixels, pixels)
-    boundary = server.asked[0].headers["content-type"].partition("boundary=")[2].encode()
-    parts = [part.partition(b"\r\n\r\n") for part in server.asked[0].body.split(b"--" + boundary)[1:-1]]
-    sent = {head.split(b'name="')[1].split(b'"')[0]: body.removesuffix(b"\r\n") for head, _, body in parts}
-    assert set(sent) == {b"image", b"mask"}
+    sent = dict(parts(server.asked[0]))
+    assert set(sent) == {"image", "mask"}
     decoded = {k: cv2.imdecode(np.frombuffer(v, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1] for k, v in sent.items()}
-    np.testing.assert_array_equal(decoded[b"image"], pixels)
-    np.testing.assert_array_equal(decoded[b"mask"], np.repeat(mask[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(decoded["image"], pixels)
+    np.testing.assert_array_equal(decoded["mask"], np.repeat(mask[:, :, None], 3, axis=2))
     with pytest.raises(ConfigError, match=r"float64\[9, 7, 3\]"):
         connect(server.url).upscale(pixels / 255)
     with pytest.raises(MissingError, match="nowhere"):
@@ -109,42 +120,145 @@ def test_pixels_travel_as_png(connect: Any, server: Any) -> None:
     assert len(server.asked) == 1
 
 
-def test_the_other_routes(connect: Any, server: Any) -> None:
-    png = bytes(cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1])
-    as_json = {**MADE_BY, "Content-Type": "application/json"}
-    data = [{"b64_json": base64.b64encode(png).decode()}] * 2
-    server.script = [
-        Say(body=json.dumps({"created": 1, "data": data}).encode(), headers=as_json),
-        Say(body=png, headers=MADE_BY),
-        Say(body=b'{"data": [{"index": 0, "embedding": [0.6, 0.8]}]}', headers=as_json),
-        Say(body=b'{"data": [{"index": 0, "ssim": 0.5, "psnr": null}]}', headers=as_json),
-        Say(body=json.dumps({"generation": 4, "defaults": {"upscale": "a@champion"}, "held": {"b@x": "why"}, "newer": 1,
-            "models": [{"name": "a", "version": 3, "aliases": ["champion"], "digest": "d", "ready": True,
-                        "scale": 2, "newer": 1}]}).encode(), headers=as_json),
-    ]  # fmt: skip
+def test_parameters_travel_and_defaults_do_not(connect: Any, server: Any) -> None:
     client = connect(server.url)
-    two = client.generate(model="faces", seed=7, n=2, class_name="rose", truncation=0.5, media="webp")
-    assert [(p.data, p.media_type) for p in two] == [(png, "image/png")] * 2
+    client.upscale(b"x", scale=3, method="lanczos", contrast=1.1, sharpen=0.5)
+    client.restore(b"x", model="m:2", method=None, contrast=1.0)
+    client.burst([b"x", b"y"], method="shift_and_add", scale=2, media="jpeg")
+    assert [asked.query for asked in server.asked] == [
+        {"scale": "3", "method": "lanczos", "contrast": "1.1", "sharpen": "0.5"},
+        {"model": "m:2"},
+        {"method": "shift_and_add", "scale": "2"},
+    ]
+    burst = server.asked[2]
+    assert (burst.path, burst.headers["accept"]) == ("/v1/burst", "image/jpeg")
+    assert parts(burst) == [("image", b"x"), ("image", b"y")]
+
+
+def test_a_parameter_that_does_not_exist_is_told_before_anything_is_sent(connect: Any, server: Any) -> None:
+    client = connect(server.url)
+    for ask in (
+        lambda: client.upscale(b"x", no_such=1),
+        lambda: client.restore(b"x", scale=2),
+        lambda: client.generate(klass="rose"),
+        lambda: client.embed(b"x", measure=["psnr"]),
+        lambda: connect(server.url, keyy="secret").models(),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            ask()
+    for wrong in (b"x", "a.png", Path("a.png")):
+        with pytest.raises(ConfigError, match=r"^frames=\w+: must be a list, this is one"):
+            client.burst(wrong)
+    for none, named in ((client.embeddings, "images"), (client.similarities, "pairs"), (client.burst, "frames")):
+        with pytest.raises(ConfigError, match=rf"^{named}=\(none\): must be at least one"):
+            none([])
+    with pytest.raises(ConfigError, match=r"^n=0: must be at least 1"):
+        client.generate(n=0)
+    with pytest.raises(ConfigError, match=r"^media=gif: must be png, jpeg or webp"):
+        client.upscale(b"x", media="gif")
+    with pytest.raises(ConfigError, match=r"^name=\(none\): must name a model"):
+        client.model("")
+    assert server.asked == []
+
+
+def test_pictures_of_a_seed(connect: Any, server: Any) -> None:
+    png = bytes(cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1])
+    data = [{"b64_json": base64.b64encode(png).decode(), "index": i} for i in (4, 5)]
+    server.script = [as_json({"created": 1, "data": data}, X_Rayscale_Seed="7"), Say(body=png, headers=MADE_BY),
+                     Say(body=png, headers={**MADE_BY, "X-Rayscale-Seed": "9007199254740991"})]  # fmt: skip
+    client = connect(server.url)
+    two = client.generate(model="faces", seed=7, n=2, first=4, class_name="rose", truncation=0.5, media="webp")
+    assert [(p.data, p.media_type, p.seed, p.index) for p in two] == [
+        (png, "image/png", 7, 4), (png, "image/png", 7, 5)]  # fmt: skip
     assert json.loads(server.asked[0].body) == {
         "model": "faces",
         "seed": 7,
         "n": 2,
+        "first": 4,
         "class": "rose",
         "truncation": 0.5,
         "output_format": "webp",
     }
     assert server.asked[0].headers["accept"] == "application/json"
     (one,) = client.generate(seed=1)
-    assert one.data == png
-    assert json.loads(server.asked[1].body) == {"seed": 1, "n": 1}
-    vector = client.embed(b"x", model="e", side_px=64).vector
-    np.testing.assert_array_equal(vector, np.array([0.6, 0.8], np.float32))
-    assert server.asked[2].query == {"model": "e", "side_px": "64"}
+    assert (one.data, one.seed, one.index) == (png, 1, 0)
+    assert json.loads(server.asked[1].body) == {"seed": 1}
+    (drawn,) = client.generate()
+    assert drawn.seed == 2**53 - 1, "what the server drew"
+    assert json.loads(server.asked[2].body) == {}
+    with pytest.raises(IntegrityError, match="does not tell its seed"):
+        client.generate()
+
+
+def test_vectors_and_comparisons(connect: Any, server: Any) -> None:
+    server.script = [
+        as_json({"data": [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8], "style": [1]}]}),
+        as_json({"data": [{"index": 0, "embedding": [1, 0]}, {"index": 1, "embedding": [0, 1]}]}),
+        as_json({"data": [{"index": 0, "ssim": 0.5, "psnr": None}]}),
+        as_json({"data": [{"index": 0, "mse": 0.0}, {"index": 1, "mse": 4.5}]}),
+    ]
+    client = connect(server.url)
+    one = client.embed(b"x", model="e", side_px=64)
+    np.testing.assert_array_equal(one.vector, np.array([0.6, 0.8], np.float32))
+    np.testing.assert_array_equal(one.others["style"], np.array([1], np.float32))
+    assert (server.asked[0].query, server.asked[0].body) == ({"model": "e", "side_px": "64"}, b"x")
+    several = client.embeddings([b"x", b"y"], model="e")
+    np.testing.assert_array_equal([e.vector for e in several], np.eye(2, dtype=np.float32))
+    assert [(e.model, e.version, e.request_id) for e in several] == [("photos", 3, "r1")] * 2
+    assert parts(server.asked[1]) == [("image", b"x"), ("image", b"y")]
+
     assert client.similarity(b"a", b"b", measure=["ssim", "psnr"]).measures == {"ssim": 0.5, "psnr": None}
+    assert parts(server.asked[2]) == [("a", b"a"), ("b", b"b")]
+    pairs = client.similarities([(b"a", b"b"), (b"c", b"d")], measure=["mse"])
+    assert [pair.measures for pair in pairs] == [{"mse": 0.0}, {"mse": 4.5}]
+    assert server.asked[3].query == {"measure": "mse"}
+    coded = {letter: base64.b64encode(letter.encode()).decode() for letter in "abcd"}
+    assert json.loads(server.asked[3].body) == {
+        "pairs": [{"a": coded["a"], "b": coded["b"]}, {"a": coded["c"], "b": coded["d"]}]}  # fmt: skip
+    assert [a.path for a in server.asked] == ["/v1/embed"] * 2 + ["/v1/similarity"] * 2
+
+
+def test_answers_of_another_length_are_told(connect: Any, server: Any) -> None:
+    server.default = as_json({"data": [{"index": 0, "embedding": [1], "b64_json": "", "mse": 0.0}] * 2})
+    client = connect(server.url)
+    for ask in (
+        lambda: client.embed(b"x"),
+        lambda: client.embeddings([b"x"] * 3),
+        lambda: client.similarity(b"a", b"b"),
+        lambda: client.similarities([(b"a", b"b")]),
+        lambda: client.generate(seed=1, n=3),
+    ):
+        with pytest.raises(IntegrityError, match=r"holds 2 results, [13] were asked for"):
+            ask()
+    assert len(client.embeddings([b"x"] * 2)) == 2  # negative control
+
+
+def test_models_and_what_a_newer_server_says_of_them(connect: Any, server: Any) -> None:
+    info = {"name": "a", "version": 3, "aliases": ["champion"], "digest": "d", "ready": True, "scale": 2, "newer": 1}
+    held = {"b@x": "why"}
+    server.script = [
+        as_json({"generation": 4, "defaults": {"upscale": "a@champion"}, "held": held, "newer": 1, "models": [info]}),
+        as_json({"name": "a", "routes": {"champion": {"a:3": 1.0}}, "held": {}, "newer": 1,
+                 "versions": [{**info, "provider": "CPUExecutionProvider", "card": {"family": "compact"}}]}),
+        as_json({"name": "a", "routes": {}, "held": {}, "versions": [{"version": 3}]}),
+        problem(404, "missing", "model=a b/c: is not served here; did you mean 'a'?"),
+    ]  # fmt: skip
+    client = connect(server.url)
     found = client.models()
-    assert (found.generation, found.defaults, found.held) == (4, {"upscale": "a@champion"}, {"b@x": "why"})
+    assert (found.generation, found.defaults, found.held) == (4, {"upscale": "a@champion"}, held)
+    assert (found.default, found.watched) == (None, {}), "an older server says nothing of them"
     assert (found.models[0].name, found.models[0].aliases, found.models[0].scale) == ("a", ("champion",), 2)
-    assert [a.path for a in server.asked] == ["/v1/generate"] * 2 + ["/v1/embed", "/v1/similarity", "/v1/models"]
+    one = client.model("a@champion")
+    assert one.routes == {"champion": {"a:3": 1.0}}
+    assert (one.versions[0].aliases, one.versions[0].provider) == (("champion",), "CPUExecutionProvider")
+    assert one.versions[0].card == {"family": "compact"}
+    with pytest.raises(IntegrityError, match=r"is no model \(.*'name'"):
+        client.model("a:3")
+    with pytest.raises(MissingError, match="did you mean 'a'"):
+        client.model("a b/c")
+    assert [(a.method, a.path) for a in server.asked] == [
+        ("GET", "/v1/models"), ("GET", "/v1/models/a@champion"), ("GET", "/v1/models/a:3"),
+        ("GET", "/v1/models/a%20b%2Fc")]  # fmt: skip
 
 
 def test_the_readmes_lines_work(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +455,7 @@ def load(server: Any, due: list[float], **options: Any) -> list[Shot]:
 
     async def main() -> list[Shot]:
         async with AsyncClient(server.url, retries=0, timeout_s=options.pop("timeout_s", 10.0)) as client:
-            return await fire(client, [calls.upscale(b"a", "", "png", {}), calls.upscale(b"b", "", "png", {})], due,
+            return await fire(client, [calls.upscale(b"a"), calls.upscale(b"b")], due,
                               **options)  # fmt: skip
 
     return asyncio.run(main())

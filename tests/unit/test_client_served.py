@@ -20,13 +20,14 @@ from PIL import Image
 
 from rayscale import artifact, cli, imaging
 from rayscale.client import Client
-from rayscale.errors import ImageError, MissingError, TooLargeError, UserError
+from rayscale.errors import ConfigError, ImageError, MissingError, TooLargeError, UserError
 from rayscale.imaging import Limits
 from rayscale.serve.keys import Key
 
 TESTS = Path(__file__).parents[1]
 small, kinds, service = (runpy.run_path(str(TESTS / f"{name}.py")) for name in ("small_onnx", "small_kinds", "service"))
 photo, png = service["photo"], service["png"]
+KINDS = "filler", "burst", "generator", "embedder"
 
 
 class Live:
@@ -50,9 +51,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An artifact of every kind."""
     root = tmp_path_factory.mktemp("artifacts")
     small["write"](root / "photos")
-    for name in ("filler", "generator", "embedder"):
+    for name in KINDS:
         kinds[name](root / name)
-    return {name: root / name for name in ("photos", "filler", "generator", "embedder")}
+    return {name: root / name for name in ("photos", *KINDS)}
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,11 @@ def test_a_picture_is_that_of_the_session(live: Live, folders: dict[str, Path]) 
         assert client.upscale(png(pixels)).data == answer.data
         bicubic = client.upscale(pixels, method="bicubic", scale=2)
     np.testing.assert_array_equal(answer.pixels, untiled(folders["photos"], pixels))
-    assert (answer.model, answer.version, answer.tiling) == ("photos", 3, "tiled 6")
+    assert (answer.model, answer.version, answer.tiling, answer.bits) == ("photos", 3, "tiled 6", 8)
+    assert (answer.provider, len(answer.request_id)) == ("CPUExecutionProvider", 32)
     assert answer.digest == artifact.digest_of(folders["photos"])
     assert {"decode", "queue", "infer", "encode"} <= set(answer.timing_ms)
-    assert (bicubic.model, bicubic.version) == ("classical:bicubic", None)
+    assert (bicubic.model, bicubic.version, bicubic.provider) == ("classical:bicubic", None, "classical")
     assert not np.array_equal(bicubic.pixels, answer.pixels)
 
 
@@ -92,21 +94,51 @@ def test_every_route_answers_the_client(live: Live) -> None:
         np.testing.assert_array_equal(filled[mask == 0], pixels[mask == 0])
         assert (filled[mask == 255] == 153).all()
 
+        frames = [photo(12, 16, seed) for seed in range(3)]
+        merged = client.burst(frames, model="burst")
+        mean = np.repeat(np.repeat(np.mean(frames, axis=0), 2, axis=0), 2, axis=1)
+        np.testing.assert_allclose(merged.pixels, mean, atol=0.51)
+        laid = client.burst(frames, method="shift_and_add", scale=3)
+        assert (laid.model, laid.pixels.shape) == ("classical:shift_and_add", (36, 48, 3))
+
         two = client.generate(model="generator", seed=7, n=2, class_name="rose", truncation=0.7)
         (one,) = client.generate(model="generator", seed=7, class_name="rose", truncation=0.7)
         np.testing.assert_array_equal(one.pixels, two[0].pixels)
         assert not np.array_equal(two[0].pixels, two[1].pixels)
         assert one.model == two[1].model == "generator"
+        assert [(p.seed, p.index) for p in (one, *two)] == [(7, 0), (7, 0), (7, 1)]
+        (drawn,) = client.generate(model="generator", class_name=1)
+        (again,) = client.generate(model="generator", class_name=1, seed=drawn.seed)
+        assert (again.data, again.seed) == (drawn.data, drawn.seed)
+        (later,) = client.generate(model="generator", seed=7, first=1, class_name="rose", truncation=0.7)
+        np.testing.assert_array_equal(later.pixels, two[1].pixels)
+        walk = client.generate(model="generator", seed=7, to_seed=8, n=3, class_name="rose", truncation=0.7)
+        np.testing.assert_array_equal(walk[0].pixels, one.pixels)
 
         vector = client.embed(pixels, model="embedder").vector
         np.testing.assert_allclose(vector, pixels.mean((0, 1)) / 255, atol=1e-4)
         alike = client.similarity(pixels, pixels, model="embedder").measures
         assert (alike["mse"], alike["ssim"]) == (0.0, pytest.approx(1.0))
         assert alike["cosine"] == pytest.approx(1.0, abs=1e-4)
-        assert set(client.similarity(pixels, pixels, measure=["mse"]).measures) >= {"mse"}
+        assert set(client.similarity(pixels, pixels, measure=["mse"]).measures) == {"mse"}
+
+        others = [pixels, 255 - pixels]
+        several = client.embeddings(others, model="embedder", side_px=16)
+        for picture, found in zip(others, several, strict=True):
+            alone = client.embed(picture, model="embedder", side_px=16)
+            np.testing.assert_array_equal(found.vector, alone.vector)
+        assert not np.array_equal(several[0].vector, several[1].vector)
+        same, inverse = client.similarities([(pixels, pixels), tuple(others)], measure=["mse", "psnr"])
+        assert same.measures == {"mse": 0.0, "psnr": None}
+        assert inverse.measures == client.similarity(*others, measure=["mse", "psnr"]).measures
 
         found = client.models()
-    assert {info.name for info in found.models} == {"photos", "filler", "generator", "embedder"}
+        detail = client.model("photos@champion")
+    assert {info.name for info in found.models} == {"photos", *KINDS}
+    assert detail.routes == {"champion": {"photos:3": 1.0}}
+    assert (detail.versions[0].aliases, detail.versions[0].provider) == (("champion",), "CPUExecutionProvider")
+    assert detail.versions[0].card is not None
+    assert detail.versions[0].card["spec"]["scale"] == detail.versions[0].scale == 2
     generator = next(info for info in found.models if info.name == "generator")
     assert (generator.role, generator.classes) == ("generate", ("daisy", "rose", "tulip"))
     assert found.defaults["upscale"] == "photos@champion"
@@ -120,8 +152,10 @@ def test_refusals_are_our_own_errors(live: Live) -> None:
             client.upscale(png(photo(40, 40))[:-500])
         with pytest.raises(MissingError, match=r"did you mean 'photos@champion'"):
             client.upscale(photo(8, 8), model="phots")
-        with pytest.raises(UserError, match="no_such"):
-            client.upscale(photo(8, 8), no_such="setting")
+        with pytest.raises(MissingError, match=r"did you mean 'photos'"):
+            client.model("phots")
+        with pytest.raises(ConfigError, match=r"2 frames: burst:1 takes 3"):
+            client.burst([photo(8, 8)] * 2, model="burst")
 
 
 def test_a_key_opens_the_door(folders: dict[str, Path]) -> None:

@@ -63,8 +63,7 @@ def bench(
 
 
 async def _fire(url: str, timeout_s: float, asked: Sequence[Call[Any]], due: Sequence[float], num: int) -> list[Shot]:
-    options = {"key": os.environ.get(KEY, ""), "timeout_s": timeout_s, "retries": 0}
-    async with AsyncClient(url, **options) as client:
+    async with AsyncClient(url, key=os.environ.get(KEY, ""), timeout_s=timeout_s, retries=0) as client:
         with progress("seconds", round(due[-1]) if due else 0, "s") as bar:
             firing = asyncio.create_task(fire(client, asked, due, max_in_flight=num))
             for second in range(10**9):
@@ -78,8 +77,8 @@ def _calls(task: str, pictures: Sequence[bytes], model: str, media: Media) -> li
     if task == "models":
         return [calls.models()]
     if task == "restore":
-        return [calls.restore(data, None, model, media, {}) for data in pictures]
-    return [calls.upscale(data, model, media, {}) for data in pictures]
+        return [calls.restore(data, model=model, media=media) for data in pictures]
+    return [calls.upscale(data, model=model, media=media) for data in pictures]
 
 
 def _files(given: Sequence[Path]) -> list[Path]:

@@ -3,6 +3,8 @@
     with Client("http://127.0.0.1:8000", key="...") as client:
         client.upscale("small.png", model="photos-x2").save("large.png")
 
+Every route is a method with the parameters of its function in `calls`, and its answer is one of `answers`.
+
 What the server refuses is raised as the error of `rayscale.errors` that it was there, with its line; the response is
 `error.__cause__.response`. 429, 503 and lost connections are tried again when the server says, within one deadline.
 """
@@ -10,39 +12,62 @@ What the server refuses is raised as the error of `rayscale.errors` that it was 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import time
-from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
 from rayscale import __version__
 from rayscale.client import calls
-from rayscale.client.calls import Answer, Call, Embedding, Image, ModelInfo, Models, Picture, Similarity
+from rayscale.client.answers import (
+    Answer,
+    Embedding,
+    Generated,
+    ModelDetail,
+    ModelInfo,
+    Models,
+    ModelVersion,
+    Picture,
+    Similarity,
+)
+from rayscale.client.calls import Call, Image, Measure, Merging, Restoring, Upscaling
 from rayscale.client.exchange import Patience, Send, Sleep, exchange
 from rayscale.errors import ConfigError
-from rayscale.imaging import Media
 
 __all__ = [
     "Answer",
     "AsyncClient",
     "Client",
     "Embedding",
+    "Generated",
     "Image",
+    "Measure",
+    "Merging",
+    "ModelDetail",
     "ModelInfo",
+    "ModelVersion",
     "Models",
     "Patience",
     "Picture",
+    "Restoring",
     "Similarity",
+    "Upscaling",
 ]
 
+P = ParamSpec("P")
 T = TypeVar("T")
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 KEY = "RAYSCALE_API_KEY"  # where commands look for their bearer key: it does not belong on a command line
 
 
-class _Base:
+class _Base(Generic[Http]):
     """What both clients are made of."""
+
+    _open: type[Http]
 
     def __init__(
         self,
@@ -75,11 +100,11 @@ class _Base:
         if key:
             sent["Authorization"] = f"Bearer {key}"
         # Deadlines are per call; the pool never makes a request wait.
-        self._options: dict[str, Any] = {
-            "headers": sent,
-            "verify": parsed.scheme == "https",  # reading all certificates takes longer than a small request
-            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        }
+        self._http: Http = self._open(
+            headers=sent,
+            verify=parsed.scheme == "https",  # reading all certificates takes longer than a small request
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
 
     def _request(self, call: Call[Any], timeout_s: float) -> dict[str, Any]:
         left_s = max(timeout_s, 1e-3)
@@ -93,47 +118,51 @@ class _Base:
         }
 
 
-class Client(_Base):
+def _show_as(ask: Callable[..., Any], build: Callable[..., Call[Any]]) -> None:
+    """For `help`: `ask` has the name, the docstring and the parameters of `build`, and gives what its Call is of."""
+    functools.update_wrapper(ask, build, assigned=("__name__", "__doc__"))
+    shown = inspect.signature(build)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    result = str(shown.return_annotation).removeprefix("Call[").removesuffix("]")
+    shown = shown.replace(parameters=[itself, *shown.parameters.values()], return_annotation=result)
+    ask.__signature__ = shown  # type: ignore[attr-defined]
+
+
+def _sync(build: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    """The method that makes a call and carries it out."""
+
+    def ask(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.send(build(*args, **kwargs))
+
+    _show_as(ask, build)
+    return ask
+
+
+def _async(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """The same; pictures are read and encoded beside the event loop."""
+
+    async def ask(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.send(await asyncio.to_thread(build, *args, **kwargs))
+
+    _show_as(ask, build)
+    return ask
+
+
+class Client(_Base[httpx.Client]):
     """The sync client; threads may share it. Close it, or use it in `with`."""
 
-    def __init__(self, url: str, **options: Any) -> None:
-        super().__init__(url, **options)
-        self._http = httpx.Client(**self._options)
+    _open = httpx.Client
 
-    def upscale(self, image: Image, *, model: str = "", media: Media = "png", **options: object) -> Picture:
-        """A larger picture. `options` are further query parameters, here as in the other calls."""
-        return self.send(calls.upscale(image, model, media, options))
-
-    def restore(
-        self, image: Image, mask: Image | None = None, *, model: str = "", media: Media = "png", **options: object
-    ) -> Picture:
-        """A picture of the same size, mended; `mask` (255 = missing) where it has holes."""
-        return self.send(calls.restore(image, mask, model, media, options))
-
-    def generate(
-        self,
-        *,
-        model: str = "",
-        seed: int = 0,
-        n: int = 1,
-        class_name: str | None = None,
-        media: Media = "png",
-        **options: object,
-    ) -> tuple[Picture, ...]:
-        """`n` pictures of a seed; `truncation`, `to_seed` and the like are `options`."""
-        return self.send(calls.generate(model, seed, n, class_name, media, options))
-
-    def embed(self, image: Image, *, model: str = "", **options: object) -> Embedding:
-        """A picture as a vector."""
-        return self.send(calls.embed(image, model, options))
-
-    def similarity(self, a: Image, b: Image, *, model: str = "", **options: object) -> Similarity:
-        """How alike two pictures are."""
-        return self.send(calls.similarity(a, b, model, options))
-
-    def models(self) -> Models:
-        """What is served."""
-        return self.send(calls.models())
+    upscale = _sync(calls.upscale)
+    restore = _sync(calls.restore)
+    burst = _sync(calls.burst)
+    generate = _sync(calls.generate)
+    embed = _sync(calls.embed)
+    embeddings = _sync(calls.embeddings)
+    similarity = _sync(calls.similarity)
+    similarities = _sync(calls.similarities)
+    models = _sync(calls.models)
+    model = _sync(calls.model)
 
     def send(self, call: Call[T]) -> T:
         """Carry out one call. Raises: as `exchange.exchange`; IntegrityError for an answer that cannot be read."""
@@ -184,47 +213,21 @@ def _collected(response: httpx.Response, until: float) -> httpx.Response:
     )
 
 
-class AsyncClient(_Base):
-    """The async client. Close it with `aclose`, or use it in `async with`."""
+class AsyncClient(_Base[httpx.AsyncClient]):
+    """The async client: the same methods, to be awaited. Close it with `aclose`, or use it in `async with`."""
 
-    def __init__(self, url: str, **options: Any) -> None:
-        super().__init__(url, **options)
-        self._http = httpx.AsyncClient(**self._options)
+    _open = httpx.AsyncClient
 
-    async def upscale(self, image: Image, *, model: str = "", media: Media = "png", **options: object) -> Picture:
-        """A larger picture. `options` are further query parameters, here as in the other calls."""
-        return await self.send(await asyncio.to_thread(calls.upscale, image, model, media, options))
-
-    async def restore(
-        self, image: Image, mask: Image | None = None, *, model: str = "", media: Media = "png", **options: object
-    ) -> Picture:
-        """A picture of the same size, mended; `mask` (255 = missing) where it has holes."""
-        return await self.send(await asyncio.to_thread(calls.restore, image, mask, model, media, options))
-
-    async def generate(
-        self,
-        *,
-        model: str = "",
-        seed: int = 0,
-        n: int = 1,
-        class_name: str | None = None,
-        media: Media = "png",
-        **options: object,
-    ) -> tuple[Picture, ...]:
-        """`n` pictures of a seed; `truncation`, `to_seed` and the like are `options`."""
-        return await self.send(calls.generate(model, seed, n, class_name, media, options))
-
-    async def embed(self, image: Image, *, model: str = "", **options: object) -> Embedding:
-        """A picture as a vector."""
-        return await self.send(await asyncio.to_thread(calls.embed, image, model, options))
-
-    async def similarity(self, a: Image, b: Image, *, model: str = "", **options: object) -> Similarity:
-        """How alike two pictures are."""
-        return await self.send(await asyncio.to_thread(calls.similarity, a, b, model, options))
-
-    async def models(self) -> Models:
-        """What is served."""
-        return await self.send(calls.models())
+    upscale = _async(calls.upscale)
+    restore = _async(calls.restore)
+    burst = _async(calls.burst)
+    generate = _async(calls.generate)
+    embed = _async(calls.embed)
+    embeddings = _async(calls.embeddings)
+    similarity = _async(calls.similarity)
+    similarities = _async(calls.similarities)
+    models = _async(calls.models)
+    model = _async(calls.model)
 
     async def send(self, call: Call[T]) -> T:
         """Carry out one call. Raises: as `exchange.exchange`; IntegrityError for an answer that cannot be read."""

@@ -1,103 +1,40 @@
-"""What can be asked of a server, and what its answers are: values, no I/O but reading a picture's file."""
+"""What can be asked of a server: values, no I/O but reading a picture's file.
+
+Parameters and defaults are the API's (`/docs` tells their ranges); what is at its default is not sent.
+"""
 
 from __future__ import annotations
 
 import base64
-import binascii
-import re
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
 
-import httpx
 import numpy as np
-from numpy.typing import NDArray
 
 from rayscale import imaging
-from rayscale.client.exchange import Spent
-from rayscale.errors import ConfigError, IntegrityError
+from rayscale.client import answers
+from rayscale.client.answers import Embedding, Generated, ModelDetail, Models, Picture, Read, Similarity
+from rayscale.errors import ConfigError
 from rayscale.imaging import U8, Media
-from rayscale.storage import os_errors, whole
+from rayscale.latents import Z_MAX
+from rayscale.storage import os_errors
 
 T = TypeVar("T")
 
 Image = bytes | str | Path | U8
 """Encoded bytes, a file's path, or pixels u8[h, w, 3] (a mask also u8[h, w], 255 = missing), which travel as PNG."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Who answered, and how long it took."""
-
-    model: str  # "" where no model took part
-    version: int | None
-    digest: str  # SHA-256 of the artifact
-    provider: str  # ONNX Runtime's execution provider
-    tiling: str  # "whole", or "tiled" and the number of tiles
-    request_id: str
-    timing_ms: Mapping[str, float] = field(repr=False)  # the server's own: decode, queue, infer, encode
-    elapsed_s: float  # here, attempts and waits included
-    attempts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture(Answer):
-    """An encoded picture."""
-
-    data: bytes = field(repr=False)
-    media_type: str
-
-    @property
-    def pixels(self) -> U8:
-        """Decoded: u8[h, w, 3]. Raises: ImageError."""
-        return imaging.decode_rgb(self.data, name="answer")
-
-    def save(self, path: str | Path) -> None:
-        """Write the file whole or not at all. Raises: MissingError, ResourceError."""
-        with whole(Path(path)) as temporary:
-            temporary.write_bytes(self.data)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Embedding(Answer):
-    """A picture as a vector: f32[dimensions]."""
-
-    vector: NDArray[np.float32] = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Similarity(Answer):
-    """How alike two pictures are, by measure, as the server names them."""
-
-    measures: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """One version that the server knows of. Fields that a newer server adds are left out."""
-
-    name: str
-    version: int
-    aliases: tuple[str, ...]
-    digest: str
-    ready: bool
-    kind: str | None = None
-    role: str | None = None  # the route that takes it
-    family: str | None = None
-    scale: int | None = None
-    classes: tuple[str, ...] | None = None
-    licence: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """What is served. `defaults` by route, where no model is named; `held` aliases are not followed yet, and why."""
-
-    generation: int
-    defaults: Mapping[str, str]
-    models: tuple[ModelInfo, ...]
-    held: Mapping[str, str]
+Upscaling = Literal["bicubic", "bilinear", "lanczos", "nearest"]
+Restoring = Literal[
+    "unchanged", "mean", "median", "gaussian", "bilateral", "nonlocal_means",
+    "unsharp", "wiener_gaussian", "wiener_disc", "telea", "navier_stokes",
+]  # fmt: skip
+Merging = Literal["bicubic", "shift_and_add"]
+Measure = Literal["mse", "psnr", "euclidean", "ssim", "ms_ssim", "sift", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,72 +42,131 @@ class Call(Generic[T]):
     """One request, and how its answer is read. `body` holds httpx's content=, json= or files=."""
 
     path: str
-    read: Callable[[httpx.Response, Spent], T]
+    read: Read[T]
     method: str = "POST"
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] = field(default_factory=dict)
 
 
-def upscale(image: Image, model: str, media: Media, options: Mapping[str, object]) -> Call[Picture]:
-    body = {"content": encoded(image)}
-    return Call(path="/v1/upscale", read=_picture, params=_params(model, options), headers=_accept(media), body=body)
+def upscale(
+    image: Image,
+    *,
+    model: str = "",
+    scale: int | None = None,
+    method: Upscaling | None = None,
+    contrast: float = 1.0,
+    sharpen: float = 0.0,
+    media: Media = "png",
+) -> Call[Picture]:
+    """A larger picture: by `model` (`name`, `name@alias`, `name:version`), or by a classical `method`."""
+    params = _given(upscale, model=model, scale=scale, method=method, contrast=contrast, sharpen=sharpen)
+    return _transform("upscale", {"content": encoded(image)}, params, media)
 
 
-def restore(image: Image, mask: Image | None, model: str, media: Media, options: Mapping[str, object]) -> Call[Picture]:
+def restore(
+    image: Image,
+    mask: Image | None = None,
+    *,
+    model: str = "",
+    method: Restoring | None = None,
+    contrast: float = 1.0,
+    sharpen: float = 0.0,
+    media: Media = "png",
+) -> Call[Picture]:
+    """A picture of the same size, mended; `mask` (255 = missing) where it has holes."""
     body: dict[str, Any] = {"content": encoded(image)}
     if mask is not None:
-        body = {"files": {"image": encoded(image), "mask": encoded(mask)}}
-    return Call(path="/v1/restore", read=_picture, params=_params(model, options), headers=_accept(media), body=body)
+        body = {"files": {"image": encoded(image), "mask": encoded(mask, "mask")}}
+    params = _given(restore, model=model, method=method, contrast=contrast, sharpen=sharpen)
+    return _transform("restore", body, params, media)
+
+
+def burst(
+    frames: Sequence[Image],
+    *,
+    model: str = "",
+    scale: int | None = None,
+    method: Merging | None = None,
+    contrast: float = 1.0,
+    sharpen: float = 0.0,
+    media: Media = "png",
+) -> Call[Picture]:
+    """One larger picture of several shifted frames of a scene; the first is what the others are laid upon."""
+    params = _given(burst, model=model, scale=scale, method=method, contrast=contrast, sharpen=sharpen)
+    return _transform("burst", {"files": _parts("frames", frames)}, params, media)
 
 
 def generate(
-    model: str, seed: int, n: int, class_name: str | None, media: Media, options: Mapping[str, object]
-) -> Call[tuple[Picture, ...]]:
+    *,
+    model: str = "",
+    seed: int | None = None,
+    n: int = 1,
+    first: int = 0,
+    class_name: int | str | None = None,
+    truncation: float = Z_MAX,
+    to_seed: int | None = None,
+    media: Media = "png",
+) -> Call[tuple[Generated, ...]]:
+    """`n` pictures of a seed from index `first` on, or on the way to `to_seed`; without one, the server draws it."""
     if n < 1:
         raise ConfigError("n", n, "must be at least 1", "ask for one picture or more")
+    asked = _given(generate, model=model, seed=seed, n=n, first=first, truncation=truncation, to_seed=to_seed)
+    if class_name is not None:
+        asked["class"] = class_name
     accept = _accept(media)
     if n > 1:
-        accept, options = {"Accept": "application/json"}, {"output_format": media, **options}
-    asked = {"model": model or None, "seed": seed, "n": n, "class": class_name, **options}
-    body = {"json": {name: value for name, value in asked.items() if value is not None}}
-    return Call(path="/v1/generate", read=_one if n == 1 else _several, headers=accept, body=body)
+        asked["output_format"], accept = media, {"Accept": "application/json"}
+    read = answers.generated(n, first, seed)
+    return Call(path="/v1/generate", read=read, headers=accept, body={"json": asked})
 
 
-def embed(image: Image, model: str, options: Mapping[str, object]) -> Call[Embedding]:
-    def read(response: httpx.Response, spent: Spent) -> Embedding:
-        vector = np.asarray(_first(response).get("embedding", ()), np.float32)
-        if vector.ndim != 1 or not vector.size:
-            raise _strange(response, "holds no embedding")
-        return Embedding(vector=vector, **_about(response, spent))
-
-    params = _params(model, options)
+def embed(image: Image, *, model: str = "", side_px: int = 0) -> Call[Embedding]:
+    """A picture as a vector; the model is shown it at `side_px` square, 0: at its own size."""
+    params = _given(embed, model=model, side_px=side_px)
+    read = answers.only(answers.embeddings(1))
     return Call(path="/v1/embed", read=read, params=params, body={"content": encoded(image)})
 
 
-def similarity(a: Image, b: Image, model: str, options: Mapping[str, object]) -> Call[Similarity]:
-    def read(response: httpx.Response, spent: Spent) -> Similarity:
-        measures = {name: value for name, value in _first(response).items() if name != "index"}
-        return Similarity(measures=measures, **_about(response, spent))
+def embeddings(images: Sequence[Image], *, model: str = "", side_px: int = 0) -> Call[tuple[Embedding, ...]]:
+    """Several pictures as vectors, in their order, of one request."""
+    params = _given(embeddings, model=model, side_px=side_px)
+    parts = _parts("images", images)
+    return Call(path="/v1/embed", read=answers.embeddings(len(parts)), params=params, body={"files": parts})
 
+
+def similarity(
+    a: Image, b: Image, *, model: str = "", side_px: int = 0, measure: Sequence[Measure] = ()
+) -> Call[Similarity]:
+    """How alike two pictures are, by all measures that apply or by these; `model` and `side_px` are of the cosine."""
+    params = _given(similarity, model=model, side_px=side_px, measure=measure)
     files = {"a": encoded(a, "a"), "b": encoded(b, "b")}
-    return Call(path="/v1/similarity", read=read, params=_params(model, options), body={"files": files})
+    read = answers.only(answers.similarities(1))
+    return Call(path="/v1/similarity", read=read, params=params, body={"files": files})
+
+
+def similarities(
+    pairs: Sequence[tuple[Image, Image]], *, model: str = "", side_px: int = 0, measure: Sequence[Measure] = ()
+) -> Call[tuple[Similarity, ...]]:
+    """The same of several pairs, in their order, of one request."""
+    _check_several("pairs", pairs)
+    params = _given(similarities, model=model, side_px=side_px, measure=measure)
+    rows = [{"a": _base64(a, "a"), "b": _base64(b, "b")} for a, b in pairs]
+    body = {"content": json.dumps({"pairs": rows}).encode()}
+    return Call(path="/v1/similarity", read=answers.similarities(len(rows)), params=params,
+                headers={"Content-Type": "application/json"}, body=body)  # fmt: skip
 
 
 def models() -> Call[Models]:
-    def read(response: httpx.Response, _: Spent) -> Models:
-        found = _object(response)
-        try:
-            return Models(
-                generation=found["generation"],
-                defaults=found["defaults"],
-                models=tuple(_info(one) for one in found["models"]),
-                held=found["held"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _strange(response, f"is no list of models ({error})") from None
+    """What is served."""
+    return Call(path="/v1/models", read=answers.models, method="GET")
 
-    return Call(path="/v1/models", read=read, method="GET")
+
+def model(name: str) -> Call[ModelDetail]:
+    """One model, `name`, `name@alias` or `name:version`: its aliases, versions and cards."""
+    if not name:
+        raise ConfigError("name", "(none)", "must name a model", "`models` lists them")
+    return Call(path=f"/v1/models/{quote(name, safe='@:')}", read=answers.model, method="GET")
 
 
 def encoded(image: Image, name: str = "image") -> bytes:
@@ -187,12 +183,14 @@ def encoded(image: Image, name: str = "image") -> bytes:
         return Path(image).read_bytes()
 
 
-# --- reading answers
+def _transform(route: str, body: Mapping[str, Any], params: Mapping[str, Any], media: Media) -> Call[Picture]:
+    return Call(path=f"/v1/{route}", read=answers.picture, params=params, headers=_accept(media), body=body)
 
 
-def _params(model: str, options: Mapping[str, object]) -> dict[str, Any]:
-    given = {"model": model or None, **options}
-    return {name: value for name, value in given.items() if value is not None}
+def _given(build: Callable[..., Call[Any]], **asked: object) -> dict[str, Any]:
+    """What differs from the keyword defaults of `build`."""
+    defaults = build.__kwdefaults__ or {}
+    return {name: value for name, value in asked.items() if value != defaults[name]}
 
 
 def _accept(media: Media) -> dict[str, str]:
@@ -201,75 +199,17 @@ def _accept(media: Media) -> dict[str, str]:
     return {"Accept": f"image/{media}"}
 
 
-def _picture(response: httpx.Response, spent: Spent) -> Picture:
-    kind = response.headers.get("content-type", "")
-    if not kind.startswith("image/"):
-        raise _strange(response, "is no picture")
-    return Picture(data=response.content, media_type=kind, **_about(response, spent))
+def _parts(name: str, images: Sequence[Image]) -> list[tuple[str, bytes]]:
+    _check_several(name, images)
+    return [("image", encoded(image)) for image in images]
 
 
-def _one(response: httpx.Response, spent: Spent) -> tuple[Picture, ...]:
-    return (_picture(response, spent),)
+def _check_several(name: str, several: object) -> None:
+    if isinstance(several, bytes | str | Path):
+        raise ConfigError(name, type(several).__name__, "must be a list, this is one", "put it into a list")
+    if not len(several):  # type: ignore[arg-type]  # an array has a length too
+        raise ConfigError(name, "(none)", "must be at least one", "send one or more")
 
 
-def _several(response: httpx.Response, spent: Spent) -> tuple[Picture, ...]:
-    try:
-        found = [base64.b64decode(one["b64_json"], validate=True) for one in _object(response)["data"]]
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise _strange(response, f"holds no pictures ({error})") from None
-    about = _about(response, spent)
-    return tuple(Picture(data=data, media_type=_media_type(data), **about) for data in found)
-
-
-def _media_type(data: bytes) -> str:
-    return f"image/{imaging.read_header(data, name='answer').format}"
-
-
-def _object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        found = response.json()
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise _strange(response, "is no JSON object")
-    return found
-
-
-def _first(response: httpx.Response) -> dict[str, Any]:
-    """Of the list that the answer is: what was asked about one picture or pair."""
-    match _object(response).get("data"):
-        case [dict(found), *_]:
-            return found
-    raise _strange(response, "is no list of results")
-
-
-def _about(response: httpx.Response, spent: Spent) -> dict[str, Any]:
-    model, _, version = response.headers.get("X-Rayscale-Model", "").rpartition(":")
-    if not version.isdigit():
-        model, version = response.headers.get("X-Rayscale-Model", ""), ""
-    timing = re.findall(r"([\w-]+);dur=([\d.]+)", response.headers.get("Server-Timing", ""))
-    return {
-        "model": model,
-        "version": int(version) if version else None,
-        "digest": response.headers.get("X-Rayscale-Digest", ""),
-        "provider": response.headers.get("X-Rayscale-Provider", ""),
-        "tiling": response.headers.get("X-Rayscale-Tiling", ""),
-        "request_id": response.headers.get("X-Request-Id", ""),
-        "timing_ms": {name: float(value) for name, value in timing},
-        "elapsed_s": spent.elapsed_s,
-        "attempts": spent.attempts,
-    }
-
-
-def _info(found: Mapping[str, Any]) -> ModelInfo:
-    """Lists as tuples; what is not known here is left out."""
-    known: dict[str, Any] = {}
-    for name in ModelInfo.__dataclass_fields__:
-        if name in found:
-            known[name] = tuple(found[name]) if isinstance(found[name], list) else found[name]
-    return ModelInfo(**known)
-
-
-def _strange(response: httpx.Response, rule: str) -> IntegrityError:
-    shown = f"{response.headers.get('content-type', 'no type')}, {len(response.content)} bytes"
-    return IntegrityError(f"answer of {response.request.url.path}", shown, rule, "is this a rayscale server?")
+def _base64(image: Image, name: str) -> str:
+    return base64.b64encode(encoded(image, name)).decode()

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 
 from rayscale.client import AsyncClient
-from rayscale.client.calls import Answer, Call
+from rayscale.client.answers import Answer
+from rayscale.client.calls import Call
 from rayscale.errors import RayscaleError
 
 PERCENTILES = (50, 90, 95, 99)
