@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from rayscale import artifact, cli, imaging
 from rayscale.bulk import work as bulk
 from rayscale.bulk.work import Done, Item, Ledger
 from rayscale.bulk.workers import Maker, Making
+from rayscale.cli import upscale
 from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.serve.engine import EngineSettings
 from rayscale.serve.table import Release
@@ -266,6 +268,46 @@ def test_giving_up_needs_more_failures_than_may_be() -> None:
     assert bulk.hopeless(99, 90, 0.9)
     assert not bulk.hopeless(100, 90, 0.9)
     assert not bulk.hopeless(100_000, 100_000, 1.0)
+
+
+def runs_to_finish(folder: Path, bad: Sequence[bool], *, as_listed: bool = False) -> int | None:
+    """How often the command is given until every good picture is made; None: more often than could ever help."""
+    store, work = LocalStore(str(folder)), numbered(len(bad))
+
+    def make(items: Sequence[Item]) -> Iterator[Done]:
+        for item in items:
+            error = "bad" if bad[int(item.key.removesuffix(".png"))] else ""
+            if not error:
+                store.write(item.out, b"made")
+            yield Done(item, 0 if error else 4, error=error)
+
+    for run in range(1, sum(bad) // bulk.FAILED_LEAST + 3):
+        ledger = Ledger(store, "m")
+        left = ledger.unfinished(work)
+        upscale._drive(upscale.How("m", make), [i for i in work if i in left] if as_listed else left, ledger, 0.0)
+        if {entry.key for entry in store.list() if entry.key in {i.out for i in work}} == {
+            item.out for item, wrong in zip(work, bad, strict=True) if not wrong
+        }:
+            return run
+    return None
+
+
+@settings(max_examples=12, deadline=None)
+@given(bad=st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=5))
+def test_every_bucket_can_be_finished(bad: list[tuple[bool, int]]) -> None:
+    """Wherever the bad ones lie: a run that stops has met 20 that no run before had met, and all runs get past them."""
+    bucket = [wrong for wrong, num in bad for _ in range(num)]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = runs_to_finish(Path(folder), bucket)
+    assert runs is not None
+    assert runs <= 1 + sum(bucket) // bulk.FAILED_LEAST
+
+
+def test_a_bucket_is_not_finished_by_beginning_with_the_same_ones(tmp_path: Path) -> None:
+    """Negative control: bad ones in front, tried first in every run."""
+    bucket = [True] * bulk.FAILED_LEAST + [False]
+    assert runs_to_finish(tmp_path / "a", bucket, as_listed=True) is None
+    assert runs_to_finish(tmp_path / "b", bucket) == 2
 
 
 # --- by the model
