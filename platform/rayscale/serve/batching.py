@@ -1,7 +1,9 @@
 """What waits for a device, and in which order it goes: no thread, no clock, no HTTP.
 
-Tiles of one model and one shape may share a batch, whoever asked for them; everything else runs alone. Requests stand
-in a circle, so a huge picture delays a thumbnail by one batch and not by all of its tiles.
+Tiles of one model and one shape may share a batch, whoever asked for them, and so may the samples of calls. Requests
+stand in a circle, so a huge picture delays a thumbnail by one batch and not by all of its tiles.
+
+On a CPU a sample's result does not depend on its batch: every export checks that, to the bit.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayscale import imaging
-from rayscale.artifact import Abort
+from rayscale.artifact import CPU, Abort, axis_of
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, RayscaleError, UnavailableError
 from rayscale.serve.promise import Promise
@@ -52,6 +54,14 @@ def units(spec: Spec, inputs: Mapping[str, F32]) -> int:
     return int(math.prod((shape[0], *shape[-2:])) if spec.kind in ("transform", "burst") else shape[0])
 
 
+def stacks(spec: Spec) -> bool:
+    """Whether several samples are one run: a free axis counts them, the first one of all inputs and outputs."""
+    tensors = (*spec.inputs, *spec.outputs)
+    factor, free = axis_of(first := tensors[0].shape[0])
+    others = {axis_of(axis)[1] for t in tensors for axis in t.shape[1:]}
+    return free not in ("", *others) and factor == 1 and all(t.shape[0] == first for t in tensors)
+
+
 @dataclass(kw_only=True)
 class Known:
     """What is known of a loaded model where it is not: enough to cut pictures for it and to say what they cost."""
@@ -65,6 +75,15 @@ class Known:
     def leads(self) -> dict[str, tuple[int, ...]]:
         """As `leads`."""
         return leads(self.card.spec)
+
+    @functools.cached_property
+    def shares(self) -> bool:
+        """Whether samples of its calls may share a run with others'.
+
+        Pictures from seeds only on a CPU: elsewhere last bits may depend on the batch, and a seed is promised the same
+        picture again. Other answers are promised within a tolerance there, as those of tiles are.
+        """
+        return stacks(self.card.spec) and (self.card.spec.kind != "generate" or self.provider == CPU)
 
 
 class Model:
@@ -150,14 +169,33 @@ class TileJob(Job):
 
 @dataclass(eq=False, kw_only=True)
 class CallJob(Job):
-    """One run of a function of any kind, alone in its batch; `outputs` are there when it has ended."""
+    """Samples of a function of any kind; `outputs` are there when it has ended."""
 
     inputs: Mapping[str, F32]
+    apart: bool = False  # each sample is an item, which may share a batch; else they all are one, which runs alone
     outputs: dict[str, F32] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        spec = self.model.session.card.spec
         self.count, self.key = 1, (id(self),)
-        self.item_units = units(self.model.session.card.spec, self.inputs)
+        if self.apart:
+            shapes = sorted((name, value.shape[1:], value.dtype.str) for name, value in self.inputs.items())
+            self.count, self.key = len(self.inputs[spec.inputs[0].name]), (id(self.model), *shapes)
+        self.item_units = units(spec, self.inputs) // self.count
+
+    def item(self, index: int) -> Mapping[str, F32]:
+        """The inputs of one item."""
+        return {name: value[index : index + 1] for name, value in self.inputs.items()} if self.apart else self.inputs
+
+    def keep(self, index: int, outputs: Mapping[str, F32]) -> None:
+        """What one item gave, copied where there are others: no request holds the arrays of its neighbours."""
+        for name, value in outputs.items():
+            if not self.apart:
+                self.outputs[name] = value
+                continue
+            if name not in self.outputs:
+                self.outputs[name] = np.empty((self.count, *value.shape[1:]), value.dtype)
+            self.outputs[name][index] = value[0]
 
 
 Item = tuple[Job, int]
@@ -166,11 +204,10 @@ Item = tuple[Job, int]
 def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
     """Run one batch of `Queue.take`, and hand each job its results. Raises: what the session raises."""
     session = batch[0][0].model.session
+    calls = [(job, index) for job, index in batch if isinstance(job, CallJob)]
     tiles = [(job, index) for job, index in batch if isinstance(job, TileJob)]
-    for job, _ in batch:
-        if isinstance(job, CallJob):
-            job.outputs = session.run(job.inputs, abort)
-    if not tiles:
+    if calls:
+        _execute_calls(session, calls, abort)
         return
     spec = session.card.spec
     run = imaging.as_one(lambda inputs: session.run(inputs, abort)[spec.outputs[0].name], batch[0][0].model.known.leads)
@@ -183,6 +220,19 @@ def execute(batch: Sequence[Item], abort: Abort | None = None) -> None:
         result = run(np.concatenate(nchw))
     for position, (job, index) in enumerate(tiles):
         job.place(index, imaging.to_hwc_u8(result[position : position + 1]))
+
+
+def _execute_calls(session: Session, calls: Sequence[tuple[CallJob, int]], abort: Abort | None) -> None:
+    inputs = [job.item(index) for job, index in calls]
+    if len(calls) == 1:
+        calls[0][0].keep(calls[0][1], session.run(inputs[0], abort))
+        return
+    outputs = session.run({name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}, abort)
+    for name, value in outputs.items():
+        if len(value) != len(calls):  # then each is run alone
+            raise ValueError(f"{name} has {len(value)} samples, of {len(calls)} that were asked for")
+    for position, (job, index) in enumerate(calls):
+        job.keep(index, {name: value[position : position + 1] for name, value in outputs.items()})
 
 
 class Queue:

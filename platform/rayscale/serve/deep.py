@@ -1,11 +1,9 @@
-"""Pictures of 16 bits through a model: in float32 from end to end, a tile at a time.
+"""Pictures of 16 bits through a model: in float32 from end to end, a tile a call.
 
-The engine's own tiles are of 8 bits. These go as calls, which take one turn together.
+The engine's own tiles are of 8 bits.
 """
 
 from __future__ import annotations
-
-import uuid
 
 import numpy as np
 
@@ -13,7 +11,9 @@ from rayscale import picture
 from rayscale.contract import Spec
 from rayscale.imaging import F32, U8
 from rayscale.picture import Samples
+from rayscale.serve import calls
 from rayscale.serve.batching import Timing
+from rayscale.serve.calls import Ask
 from rayscale.serve.engine import Plan
 from rayscale.serve.gateway import Gateway
 
@@ -56,11 +56,10 @@ class DeepCanvas:
 
 async def run(gateway: Gateway, canvas: DeepCanvas, digest: str, output: str, deadline: float) -> Timing:
     """Every tile of the canvas. Raises: as `Engine.call`."""
-    queue_s = run_s = 0.0
-    owner = uuid.uuid4().hex
-    for index in range(len(canvas.plan.tiles)):
+
+    async def tile(ask: Ask, index: int) -> None:
         inputs, _ = await gateway.codec(canvas.inputs, index)
-        outputs, timing = await gateway.engine.call(digest, inputs, deadline=deadline, owner=owner)
+        outputs = await ask(inputs)
         await gateway.codec(canvas.place, index, outputs[output])
-        queue_s, run_s = queue_s + timing.queue_s, run_s + timing.run_s
-    return Timing(queue_s, run_s)
+
+    return await calls.run(gateway.engine, digest, tile, len(canvas.plan.tiles), deadline)

@@ -64,7 +64,7 @@ class EngineSettings:
     tile_px: int = 256  # at most; just that where tiles of several pictures share a batch
     whole_max_px: int = 512 * 512  # up to this area a picture runs untiled: the same bytes for less work
     untiled_max_px: int = 4_000_000  # the same for models that have no exact tiling
-    max_batch: int = 1  # tiles of one shape in one run: on a CPU more gains nothing
+    max_batch: int = 1  # tiles or samples of one shape in one run: on a CPU more gains nothing
     memory_bytes: int = 0  # of loaded models; beyond it those leave that were not asked for the longest; 0: no limit
 
 
@@ -177,6 +177,8 @@ class Runner(Protocol):
     @property
     def num_engines(self) -> int: ...
     @property
+    def window(self) -> int: ...
+    @property
     def digests(self) -> frozenset[str]: ...
     def session(self, digest: str) -> Known: ...
     def forget(self, digest: str) -> None: ...
@@ -201,6 +203,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings, *, load: Load | None = None) -> None:
         self.settings = settings
+        self.window = 2 * settings.max_batch  # calls of one request in flight: one batch runs, one waits
         self._load = load or self._load_artifact
         self._models = Shelf(lambda folder, digest: _measure(Model(self._load(folder, digest)), settings),
                              settings.memory_bytes)  # fmt: skip
@@ -336,14 +339,17 @@ class Engine:
     async def call(
         self, digest: str, inputs: Mapping[str, F32], *, deadline: float, owner: str = ""
     ) -> tuple[dict[str, F32], Timing]:
-        """Run a function of any kind once, by the names of its card, in turn with all that waits.
+        """Run a function of any kind, by the names of its card, in turn with all that waits.
+
+        All samples at once, or with a `max_batch` above 1 each as a tile is: in a batch with others of its shapes.
 
         Raises: ConfigError for inputs unlike the card's; otherwise as `run`.
         """
         card = self._models.known(digest).card
         artifact.bind(card, {name: value.shape for name, value in inputs.items()})
         model = await self._model(digest, deadline)
-        job = CallJob(model=model, inputs=inputs, deadline=deadline, owner=owner)
+        apart = self.settings.max_batch > 1 and model.known.shares
+        job = CallJob(model=model, inputs=inputs, apart=apart, deadline=deadline, owner=owner)
         timing = await self._finish(job)
         return job.outputs, timing
 
@@ -449,7 +455,7 @@ class Engine:
         now = time.monotonic()
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
-        alone = len(batch) == 1 or all(job is batch[0][0] for job, _ in batch)
+        alone = len({job.owner or id(job) for job, _ in batch}) == 1
         for job, _ in batch:
             job.alone = job.alone and alone
             job.run_s += share_s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import uuid
 
 import numpy as np
 import pydantic
@@ -12,11 +11,14 @@ from rayscale import imaging, latents
 from rayscale.contract import ModelCard
 from rayscale.errors import ConfigError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import F32, Media
+from rayscale.serve import calls
 from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
+from rayscale.serve.batching import stacks
+from rayscale.serve.calls import Ask
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.table import Release
 
-SAMPLES = 8  # of one run: bounds what others wait for, and memory
+SAMPLES = 8  # of one call: bounds what others wait for, and memory
 
 
 class GenerateRequest(pydantic.BaseModel, extra="forbid", strict=True):
@@ -100,18 +102,21 @@ async def generate(gateway: Gateway, ask: GenerateRequest, release: Release, for
     seed = secrets.randbelow(2**53) if ask.seed is None else ask.seed
     inputs, latent_s = await gateway.codec(inputs_of, card, ask, seed)
     gateway.admit(gateway.engine.cost_s(release.digest, ask.n), deadline, f"{ask.n} pictures")
-    pictures: list[F32] = []
-    owner = uuid.uuid4().hex  # of all these calls: they take one turn together
-    queue_s = run_s = 0.0
-    for start in range(0, ask.n, SAMPLES):
-        chunk = {name: value[start : start + SAMPLES] for name, value in inputs.items()}
-        outputs, timing = await gateway.engine.call(release.digest, chunk, deadline=deadline, owner=owner)
-        pictures.append(outputs[card.spec.outputs[0].name])
-        queue_s, run_s = queue_s + timing.queue_s, run_s + timing.run_s
+    pictures: dict[int, F32] = {}
+    most = SAMPLES if stacks(card.spec) else 1
+
+    async def some(call: Ask, index: int) -> None:
+        samples = slice(index * most, (index + 1) * most)
+        outputs = await call({name: value[samples] for name, value in inputs.items()})
+        pictures[index] = outputs[card.spec.outputs[0].name]
+
+    timing = await calls.run(gateway.engine, release.digest, some, -(-ask.n // most), deadline)
     media = ask.output_format if form.as_json else form.media
-    encoded, encode_s = await gateway.codec(_encode, pictures, media, gateway.settings.quality)
-    gateway.meters.add("rayscale_queue_seconds", queue_s, model=release.name)
-    spans = {"latents": latent_s, "queue": queue_s, "infer": run_s, "encode": encode_s}
+    encoded, encode_s = await gateway.codec(
+        _encode, [pictures[i] for i in range(len(pictures))], media, gateway.settings.quality
+    )
+    gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
+    spans = {"latents": latent_s, "queue": timing.queue_s, "infer": timing.run_s, "encode": encode_s}
     headers = {**gateway.headers(release), "X-Rayscale-Seed": str(seed), "Server-Timing": timing_header(spans)}
     if not form.as_json:
         return Answer(body=encoded[0], media_type=form.media_type, headers=headers)

@@ -21,6 +21,7 @@ from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
+from rayscale.serve.calls import each
 from rayscale.serve.course import Begin, Look, T, Then, Tiled
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.threads import Threads
@@ -137,7 +138,7 @@ class RemoteEngine:
     ) -> None:
         """`window`: chunks of one request in flight; `wake` asks for an engine where none runs."""
         self.settings, self.wake = settings, wake
-        self._carry, self._window, self._budget = carry, window, budget or RetryBudget()
+        self._carry, self.window, self._budget = carry, window, budget or RetryBudget()
         self._known: dict[str, Known] = {}
         self._digests: frozenset[str] = frozenset()
         self._num_engines = 0
@@ -219,7 +220,7 @@ class RemoteEngine:
 
         began, tile_s = time.monotonic(), height * width * known.seconds_per_unit
         with self._waiting(request, tile_s * len(tiles)):
-            await _all(one, len(starts), self._window)
+            await each(one, len(starts), self.window)
         run_s = sum(timing.run_s for timing in timings)
         return Timing(max(0.0, time.monotonic() - began - run_s), run_s)
 
@@ -307,25 +308,6 @@ def _checked(reply: Reply, chunk: Chunk) -> Reply:
     if got != asked:
         raise IntegrityError("reply", got, f"must be the answer to {asked}", "report it")
     return reply
-
-
-async def _all(one: Callable[[int], Awaitable[None]], count: int, window: int) -> None:
-    """`one` of 0 .. count - 1, at most `window` at a time. What fails, or a cancellation, ends the others."""
-    if count == 1:
-        await one(0)
-        return
-    indices = iter(range(count))
-
-    async def work() -> None:
-        for index in indices:
-            await one(index)
-
-    workers = [asyncio.ensure_future(work()) for _ in range(min(window, count))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
 
 
 def _stacked(tiles: Sequence[U8]) -> U8:

@@ -14,12 +14,15 @@ from rayscale import imaging, picture
 from rayscale.contract import Spec
 from rayscale.errors import ConfigError, TooLargeError
 from rayscale.imaging import F32, U8
+from rayscale.serve import calls
 from rayscale.serve.answers import Answer, timing_header
 from rayscale.serve.batching import Timing, too_late
 from rayscale.serve.body import JSON, Body, json_parts, only
+from rayscale.serve.calls import Ask
 from rayscale.serve.gateway import Gateway
 from rayscale.serve.intake import check_total, opened, opened_all
 from rayscale.serve.methods import Measure, applicable, compared
+from rayscale.serve.remote import CHUNK_BYTES
 from rayscale.serve.table import Release
 
 EMBED_PX = 512  # the longer side that a model of any size is shown, unless `side_px` says another
@@ -30,14 +33,9 @@ async def embed(gateway: Gateway, body: Body, release: Release, side_px: int) ->
     deadline = gateway.deadline()
     pictures, decode_s = await gateway.codec(_decode_all, gateway, body, release, side_px)
     names = [t.name for t in gateway.card(release, "embed").spec.outputs]
-    found: list[dict[str, F32]] = []
-    queue_s = run_s = 0.0
-    for nchw in pictures:
-        outputs, timing = await _vector(gateway, release, nchw, deadline)
-        found.append(outputs)
-        queue_s, run_s = queue_s + timing.queue_s, run_s + timing.run_s
-    gateway.meters.add("rayscale_queue_seconds", queue_s, model=release.name)
-    spans = {"decode": decode_s, "queue": queue_s, "infer": run_s}
+    found, timing = await _vectors(gateway, release, pictures, deadline)
+    gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
+    spans = {"decode": decode_s, "queue": timing.queue_s, "infer": timing.run_s}
     headers = {**gateway.headers(release), "Server-Timing": timing_header(spans)}
     text, _ = await gateway.codec(_embeddings_json, gateway.about(release), names, found)
     return Answer(body=text, media_type=JSON, headers=headers)
@@ -54,10 +52,37 @@ def _embeddings_json(about: Mapping[str, str], names: Sequence[str], found: Sequ
     return json.dumps({"object": "list", **about, "data": rows}).encode()
 
 
-async def _vector(gateway: Gateway, release: Release, nchw: F32, deadline: float) -> tuple[dict[str, F32], Timing]:
-    gateway.admit(gateway.engine.cost_s(release.digest, 1), deadline, "a picture")
+async def _vectors(
+    gateway: Gateway, release: Release, pictures: Sequence[F32], deadline: float
+) -> tuple[list[dict[str, F32]], Timing]:
+    """All outputs of each picture f32[1, 3, h, w], in their order."""
+    engine, digest = gateway.engine, release.digest
     name = gateway.card(release, "embed").spec.inputs[0].name
-    return await gateway.engine.call(release.digest, {name: nchw}, deadline=deadline)
+    groups = grouped(pictures, engine.settings.max_batch if engine.session(digest).shares else 1)
+    found: dict[int, dict[str, F32]] = {}
+
+    async def some(ask: Ask, index: int) -> None:
+        group = groups[index]
+        gateway.admit(engine.cost_s(digest, len(group)), deadline, f"{len(group)} of {len(pictures)} pictures")
+        nchw = np.concatenate([pictures[i] for i in group]) if len(group) > 1 else pictures[group[0]]
+        outputs = await ask({name: nchw})
+        for position, i in enumerate(group):
+            found[i] = {output: value[position : position + 1] for output, value in outputs.items()}
+
+    timing = await calls.run(engine, digest, some, len(groups), deadline)
+    return [found[i] for i in range(len(pictures))], timing
+
+
+def grouped(pictures: Sequence[F32], most: int) -> list[list[int]]:
+    """Which of them go in one call: of one shape, at most so many, no more than a chunk holds."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, nchw in enumerate(pictures):
+        by_shape.setdefault(nchw.shape, []).append(index)
+    groups = []
+    for alike in by_shape.values():
+        count = max(1, min(most, CHUNK_BYTES // pictures[alike[0]].nbytes))
+        groups += [alike[i : i + count] for i in range(0, len(alike), count)]
+    return groups
 
 
 def _decode_all(gateway: Gateway, body: Body, release: Release, side_px: int) -> list[F32]:
@@ -110,13 +135,11 @@ async def similarity(
         (a, b, found), seconds = await gateway.slow(_compare, gateway, pair, measures)
         spans["compare"] += seconds
         if release is not None:
-            vectors = []
-            for rgb in (a, b):
-                nchw, _ = await gateway.codec(shown, gateway.card(release, "embed").spec, rgb, side_px)
-                outputs, timing = await _vector(gateway, release, nchw, deadline)
-                vectors.append(outputs[gateway.card(release, "embed").spec.outputs[0].name][0].astype(np.float64))
-                spans["queue"], spans["infer"] = spans["queue"] + timing.queue_s, spans["infer"] + timing.run_s
-            found["cosine"] = cosine(*vectors)
+            spec = gateway.card(release, "embed").spec
+            pictures = [(await gateway.codec(shown, spec, rgb, side_px))[0] for rgb in (a, b)]
+            vectors, timing = await _vectors(gateway, release, pictures, deadline)
+            found["cosine"] = cosine(*(v[spec.outputs[0].name][0].astype(np.float64) for v in vectors))
+            spans["queue"], spans["infer"] = spans["queue"] + timing.queue_s, spans["infer"] + timing.run_s
         rows.append({"index": index, **found})
     headers = {"Server-Timing": timing_header(spans)}
     value: dict[str, Any] = {"object": "list", "data": rows}
