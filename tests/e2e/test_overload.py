@@ -42,33 +42,39 @@ def app(served: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     served.config = before
 
 
-def overload(app: Any) -> list[httpx.Response]:
-    """An open loop of five times what one client gets, in other sizes of one picture; every good answer is right."""
+def overload(app: Any) -> tuple[list[httpx.Response], float]:
+    """An open loop of five times what one client gets, in three sizes; every good answer is right.
+
+    Also what is answered, as a share of what that client would have got.
+    """
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(base_url=app.url, timeout=60, limits=limits) as client:
         bodies = [E2E["png"](E2E["photo"](side, 900)) for side in (700, 800, 900)]
         ask = lambda body: client.post("/v1/upscale", content=body)  # noqa: E731
         alone = {body: ask(body).content for body in bodies}
         began = time.monotonic()
-        for body in bodies:
+        for body in 2 * bodies:
             assert ask(body).content == alone[body]
-        print("alone_s", (time.monotonic() - began) / 3)
-        rate = 5 * len(bodies) / (time.monotonic() - began)
-        answers = []
+        rate = 5 * 2 * len(bodies) / (time.monotonic() - began)
+        asked, began = [], time.monotonic()
         with ThreadPoolExecutor(200) as pool:
-            client_s = time.monotonic()
             for index in range(round(SECONDS * rate)):
-                time.sleep(max(0.0, client_s + index / rate - time.monotonic()))
+                time.sleep(max(0.0, began + index / rate - time.monotonic()))
                 body = bodies[index % len(bodies)]
-                answers.append((body, pool.submit(ask, body)))
-        found = [(body, answer.result()) for body, answer in answers]
-    assert all(answer.content == alone[body] for body, answer in found if answer.status_code == 200)
-    told = Counter(
-        "answered" if a.status_code == 200 else a.json()["detail"].split()[0] if refused_by_us(a) else a.text
-        for _, a in found
-    )
-    print(f"\n{rate:.0f} requests a second for {SECONDS:.0f} s, five times what one client gets: {dict(told)}")
-    return [answer for _, answer in found]
+                asked.append((body, pool.submit(ask, body)))
+        answers = [(body, answer.result()) for body, answer in asked]
+        took_s = time.monotonic() - began
+    assert all(answer.content == alone[body] for body, answer in answers if answer.status_code == 200)
+    told = Counter(kind(answer) for _, answer in answers)
+    share = told["answered"] / (took_s * rate / 5)
+    print(f"\n{rate:.0f} requests a second, five times what one client gets: {dict(told)}, {share:.2f} of that")
+    return [answer for _, answer in answers], share
+
+
+def kind(answer: httpx.Response) -> str:
+    if answer.status_code == 200:
+        return "answered"
+    return str(answer.json()["detail"].partition(" ")[0]) if refused_by_us(answer) else answer.text[:200]
 
 
 def refused_by_us(answer: httpx.Response) -> bool:
@@ -82,15 +88,19 @@ def refused_by_us(answer: httpx.Response) -> bool:
 
 
 def test_what_is_too_much_is_refused_with_a_time_to_come_back(app: Any) -> None:
-    answers = overload(app)
-    refused = [answer for answer in answers if answer.status_code != 200]
-    assert len(refused) > len(answers) / 4
-    assert len(answers) - len(refused) > 5
-    assert {answer.status_code for answer in refused} == {503}
-    assert all(map(refused_by_us, refused)), [answer.text[:200] for answer in refused if not refused_by_us(answer)][:3]
+    for _ in range(3):
+        answers, share = overload(app)
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert len(refused) > len(answers) / 4
+        assert {answer.status_code for answer in refused} == {503}
+        assert all(map(refused_by_us, refused))
+        if share >= 0.9:  # seen: 1.4; 0.25 before codecs were counted and the first deadline came first
+            return
+    raise AssertionError(f"three times in a row {share:.2f} of what one client gets")
 
 
 @pytest.mark.parametrize("app", [{"max_ongoing_requests": 4, "max_queued_requests": 4}], indirect=True)
 def test_ray_alone_would_refuse_in_plain_text(app: Any) -> None:
     """The control: with limits of Ray's below ours."""
-    assert not all(refused_by_us(answer) for answer in overload(app) if answer.status_code != 200)
+    answers, _ = overload(app)
+    assert not all(refused_by_us(answer) for answer in answers if answer.status_code != 200)

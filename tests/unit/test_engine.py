@@ -233,6 +233,57 @@ def test_the_dead_are_never_taken() -> None:
     assert isinstance(late.end.error, UnavailableError)
 
 
+class TakesTurns(Queue):
+    """The control: nobody is urgent."""
+
+    def _urgent(self, now: float) -> None:
+        return None
+
+
+def in_time(queue: Queue, *, truth: float) -> list[int]:
+    """Which of ten pictures of ten tiles are done in 60 s; a tile takes `truth` times the 0.6 s that are estimated."""
+    model, now, done = Model(FakeSession(), 0.6 / 64), 0.0, []
+    for name in range(10):
+        queue.put(job(name, tiles=10, model=model, deadline=60.0 + name / 10))
+    while batch := queue.take(now):
+        now += 0.6 * truth
+        for j, index in batch:
+            if index == j.count - 1 and now <= j.deadline:
+                assert isinstance(j, TileJob)
+                done.append(int(j.tiles[0][0, 0, 0]))
+                j.end.keep(Timing(0.0, 0.0))
+    return done
+
+
+def test_a_wrong_estimate_costs_the_last_and_not_all() -> None:
+    assert in_time(Queue(1), truth=1.5) == [0, 1, 2, 3, 4, 5]  # of the 6.7 that there is time for
+    assert in_time(TakesTurns(1), truth=1.5) == []
+    assert sorted(in_time(Queue(1), truth=0.9)) == sorted(in_time(TakesTurns(1), truth=0.9)) == [*range(10)]
+
+
+def test_who_is_nearly_done_goes_before_who_is_urgent() -> None:
+    queue, model = Queue(1), Model(FakeSession(), 1.0 / 64)
+    for j in (
+        job(1, 9, model=model, deadline=10.0),
+        job(2, model=model, deadline=99.0),
+        job(3, 5, model=model, deadline=99.0),
+    ):
+        queue.put(j)
+    first = [int(j.tiles[i][0, 0, 0]) for _ in range(3) for j, i in queue.take(0.0) if isinstance(j, TileJob)]
+    assert first == [1, 2, 1]
+
+
+def test_an_estimate_does_not_jump_with_one_slow_moment() -> None:
+    model = Model(FakeSession(), 0.01 / 64)
+    one = job(1, model=model)
+    for seconds, most in ((0.02, 0.0105), (1.0, 0.0126), (0.001, 0.0126)):
+        one.learn(seconds)
+        assert one.item_s <= most
+    for _ in range(200):
+        one.learn(0.03)
+    assert one.item_s == pytest.approx(0.03, rel=0.05)  # and comes to what lasts
+
+
 # --- the engine
 
 

@@ -27,6 +27,7 @@ from rayscale import imaging
 from rayscale.errors import IntegrityError
 from rayscale.imaging import Limits
 from rayscale.serve.answers import Format, negotiate
+from rayscale.serve.gateway import CodecShare
 from rayscale.serve.table import Release, Table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
@@ -291,6 +292,42 @@ def test_what_would_miss_its_deadline_is_refused_with_a_time_to_come_back(
     assert int(response.headers["retry-after"]) == 21  # 75.4 s of work; of 60 s a tenth is kept back
 
 
+def test_codecs_can_be_where_a_request_would_wait(service: Service) -> None:
+    load, whole = service.gateway.codec_load, png(photo(200, 300))
+    answer = service.upscale(whole)
+    spans = {
+        name: float(ms) for name, _, ms in (s.partition(";dur=") for s in answer.headers["server-timing"].split(", "))
+    }
+    pixels = 200 * 300 * 5  # read, and four times as many written
+    assert load.cost_s(pixels) == pytest.approx((spans["decode"] + spans["encode"]) / 1e3, abs=2e-4)
+    assert (load.codec_s, load.engine_s) == ({}, {})  # it is done
+    others = [CodecShare(load) for _ in range(3)]
+    for other in others:
+        other.enter(10**9, 0.0)
+    assert load.backlog_s() == pytest.approx(3 * load.cost_s(10**9) / 2)  # two threads
+    is_problem(service.upscale(whole), 503, "codecs=backlog", "try again later")
+    assert service.upscale(png(photo(20, 20))).status_code == 200  # a small picture has a thread of its own
+    for other in others:
+        other.end()
+    assert service.upscale(whole).status_code == 200
+
+
+def test_what_is_being_decoded_counts_as_the_engines(service: Service) -> None:
+    share = CodecShare(service.gateway.codec_load)
+    share.enter(1, 75.4)
+    is_problem(service.upscale(png(photo())), 503, "engine=backlog 75.4 s")
+    share.decoded()
+    assert service.upscale(png(photo())).status_code == 200
+
+
+def test_a_thread_that_is_late_enters_nothing_for_a_request_that_is_over(service: Service) -> None:
+    share = CodecShare(service.gateway.codec_load)
+    share.end()
+    share.enter(100, 1.0)
+    assert service.gateway.codec_load.coming_s() == 0.0
+    assert not service.gateway.codec_load.codec_s
+
+
 def test_models_and_parameters_that_do_not_exist(service: Service) -> None:
     body = is_problem(service.upscale(b"x", model="photo"), 404, "did you mean 'photos@champion'?")
     assert body["field"] == "model"
@@ -503,7 +540,7 @@ from PIL import Image
 import rayscale.serve.app  # the whole of serving, Ray Serve's shell included
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.api import create_app
-from rayscale.serve.gateway import Gateway, GatewaySettings
+from rayscale.serve.gateway import CodecShare, Gateway, GatewaySettings
 from rayscale.serve.table import Release, Table
 
 folder, digest = sys.argv[1:]

@@ -9,7 +9,6 @@ import itertools
 import os
 import runpy
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -499,21 +498,31 @@ def test_opentelemetry_is_asked_only_where_it_is_set_up(
     assert {telemetry[kind] for kind in ("tracing", "metrics", "logs")} == {bool(name)}
 
 
-@pytest.mark.parametrize(("again_s", "status"), [(0.02, 503), (60.0, 200)])
-def test_who_takes_long_to_decode_is_admitted_anew(
-    service: Any, monkeypatch: pytest.MonkeyPatch, again_s: float, status: int
+@pytest.mark.parametrize(("decoding", "status"), [(True, 503), (False, 200)])
+def test_what_others_have_still_to_decode_counts(
+    service: Any, monkeypatch: pytest.MonkeyPatch, decoding: bool, status: int
 ) -> None:
-    cut = transform.cut
+    """Half a minute's picture is let in, and while it is decoded another such, which has no time left, is not."""
+    monkeypatch.setattr(service.engine, "cost_s", lambda digest, units: 35.0)
+    cut, go = transform.cut, threading.Event()
 
     def slow(*args: Any) -> Any:
-        work = cut(*args)
-        monkeypatch.setattr(service.engine, "backlog_s", lambda: 1e6)  # others were let in meanwhile
-        time.sleep(0.03)
-        return work
+        if decoding:
+            go.wait(20)
+        return cut(*args)
 
     monkeypatch.setattr(transform, "cut", slow)
-    monkeypatch.setattr(transform, "AGAIN_S", again_s)
-    assert post(service, "/v1/upscale", content=png(photo(9, 8))).status_code == status
+    body = png(photo(200, 200))
+
+    async def main() -> list[int]:
+        async with service.client() as client:
+            first = asyncio.create_task(client.post("/v1/upscale", content=body))
+            await asyncio.sleep(0.5)
+            second = await client.post("/v1/upscale", content=body)
+            go.set()
+            return [(await first).status_code, second.status_code]
+
+    assert asyncio.run(main()) == [200, status]
 
 
 def test_files_are_opened_once_and_no_more_of_them_than_are_read(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:

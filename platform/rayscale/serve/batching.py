@@ -24,6 +24,8 @@ from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, RayscaleError, UnavailableError
 from rayscale.serve.promise import Promise
 
+_LOOK_BACK_S = 0.5
+
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
@@ -139,10 +141,15 @@ class Job:
         return self.item_units * self.model.known.seconds_per_unit
 
     def learn(self, item_s: float) -> None:
-        """Correct the estimate by one measurement; a run that waited for its CPU moves it up by a fifth at most."""
+        """Correct the estimate by one measurement; a run that waited for its CPU moves it up by a fifth at most.
+
+        It looks back over some half a second of the device's time: over a few tiles alone it would jump with every
+        busy moment, and with it who is let in.
+        """
         known, measured_s = self.model.known, item_s / self.item_units
         before_s = known.seconds_per_unit
-        known.seconds_per_unit += 0.2 * ((min(measured_s, 2 * before_s) if before_s else measured_s) - before_s)
+        weight = min(0.2, max(item_s, self.item_s) / _LOOK_BACK_S)
+        known.seconds_per_unit += weight * ((min(measured_s, 2 * before_s) if before_s else measured_s) - before_s)
 
     @property
     def waiting_s(self) -> float:
@@ -236,7 +243,11 @@ def _execute_calls(session: Session, calls: Sequence[tuple[CallJob, int]], abort
 
 
 class Queue:
-    """Requests in a circle: every batch starts with the next one, and those of the same key join it."""
+    """Requests in a circle: every batch starts with the next one, and those of the same key join it.
+
+    Where that would make somebody late, the one whose deadline comes first starts it: taking turns, all of those who
+    were let in by a wrong estimate would be nearly done when their time is up, and none of them done.
+    """
 
     def __init__(self, max_batch: int) -> None:
         self.max_batch = max_batch
@@ -255,6 +266,9 @@ class Queue:
         """The next batch: up to max_batch items of one key, one per request and round. Empty when none waits."""
         living = ([job for job in jobs if job.alive(now)] for jobs in self._circle)
         self._circle = deque(jobs for jobs in living if jobs)
+        if len(self._circle) > 1 and (urgent := self._urgent(now)) is not None:
+            self._circle.remove(urgent)
+            self._circle.appendleft(urgent)
         batch: list[Item] = []
         served: set[int] = set()
         while self._circle and len(batch) < self.max_batch:
@@ -275,6 +289,13 @@ class Queue:
         self._served = len(served)
         return batch
 
+    def _urgent(self, now: float) -> list[Job] | None:
+        """Who is to go first lest he be late; None: nobody, or whose turn it is ends with it."""
+        if _items_left(self._circle[0]) == 1 or now + self.cost_s() <= min(map(_deadline, self._circle)):
+            return None
+        can = [jobs for jobs in self._circle if now + _left_s(jobs) <= _deadline(jobs)]
+        return min(can, key=_deadline, default=None)
+
     def __bool__(self) -> bool:
         return bool(self._circle)
 
@@ -287,6 +308,18 @@ class Queue:
         self._circle.clear()
         self._served = 0
         return drained
+
+
+def _items_left(jobs: Sequence[Job]) -> int:
+    return sum(job.count - job.taken for job in jobs)
+
+
+def _left_s(jobs: Sequence[Job]) -> float:
+    return sum(job.waiting_s for job in jobs)
+
+
+def _deadline(jobs: Sequence[Job]) -> float:
+    return min(job.deadline for job in jobs)
 
 
 def too_late() -> RayscaleError:

@@ -105,19 +105,28 @@ class Admission:
 
 
 class CodecLoad:
-    """What decoding and encoding still take for those who were let in: with a small net that is most of the work."""
+    """Those who were let in and are with their codecs: what these still take, and what the engine will get of them.
+
+    With a small net most of the work is decoding and encoding.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self.codec_s: dict[CodecShare, float] = {}  # of each from here to its end
+        self.engine_s: dict[CodecShare, float] = {}  # of each until its tiles are the engine's
         self._seconds_per_px = 0.0  # measured while others decode and encode too, so a full machine shows
-        self.left_s: dict[object, float] = {}  # of each that is on its way
 
     def cost_s(self, pixels: int) -> float:
         """Of so many pixels read and written."""
         return pixels * self._seconds_per_px
 
     def backlog_s(self) -> float:
-        return sum(self.left_s.copy().values()) / self.threads  # a copy: codec threads add to it
+        """Estimated seconds until a codec thread is free."""
+        return sum(self.codec_s.copy().values()) / self.threads  # a copy: codec threads add to it
+
+    def coming_s(self) -> float:
+        """Estimated device time of what the engine does not know of yet."""
+        return sum(self.engine_s.copy().values())
 
     def learn(self, pixels: int, seconds: float) -> None:
         measured, before = seconds / pixels, self._seconds_per_px
@@ -128,19 +137,21 @@ class CodecShare:
     """One request's part of it. A thread that comes late to a request that has ended enters nothing."""
 
     def __init__(self, load: CodecLoad) -> None:
-        self._left_s, self._cost_s, self._ended = load.left_s, load.cost_s, False
+        self._load, self._ended = load, False
 
-    def enter(self, pixels: int) -> None:
-        self._left_s[self] = self._cost_s(pixels)
+    def enter(self, pixels: int, engine_s: float) -> None:
+        self._load.codec_s[self], self._load.engine_s[self] = self._load.cost_s(pixels), engine_s
         if self._ended:
-            self.leave()
+            self.end()
 
-    def leave(self) -> None:
-        self._left_s.pop(self, None)
+    def decoded(self) -> None:
+        """The engine has it now."""
+        self._load.engine_s.pop(self, None)
 
     def end(self) -> None:
         self._ended = True
-        self.leave()
+        self.decoded()
+        self._load.codec_s.pop(self, None)
 
 
 class Gateway:
@@ -249,7 +260,8 @@ class Gateway:
             remedy = "ask for less, or run the model yourself: rayscale upscale IN OUT --model NAME"
             raise TooLargeError("request", what, rule, remedy)
         now, who, own_s = time.monotonic(), "engine", cost_s
-        backlog_s, servers = self.engine.backlog_s(), self.engine.num_engines
+        servers = self.engine.num_engines
+        backlog_s = self.engine.backlog_s() + load.coming_s() / servers
         if codec_px and (waiting_s := load.backlog_s()) > backlog_s:  # where it waits longer
             who, own_s, backlog_s, servers = "codecs", codec_s, waiting_s, load.threads
         left_s = deadline - now - (total_s - own_s)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class Looked:
     masked: bool
     plan: Plan
     spec: Spec
-    at: float = field(default_factory=time.monotonic)
+    engine_s: float  # estimated
 
     @property
     def codec_px(self) -> int:
@@ -84,8 +83,9 @@ def look(gateway: Gateway, body: Body, release: Release, role: Role, deadline: f
     header = files.header
     check_output(gateway, header, spec.scale)
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
-    looked = Looked(files=files, role=role, masked=masked, plan=planned, spec=spec)
-    admit(gateway, release, looked, deadline)
+    engine_s = gateway.engine.cost_s(release.digest, planned.pixels)
+    looked = Looked(files=files, role=role, masked=masked, plan=planned, spec=spec, engine_s=engine_s)
+    gateway.admit(engine_s, deadline, f"{planned.width}x{planned.height}", codec_px=looked.codec_px)
     return looked
 
 
@@ -99,13 +99,6 @@ def cut(looked: Looked, limits: Limits) -> Work:
     if found.bits == 16:
         return Work(found, planned, spec, DeepCanvas(planned, spec, found.rgb, mask))
     return Work(found, planned, spec, Canvas(planned, found.rgb if mask is None else np.dstack([found.rgb, mask])))
-
-
-def admit(gateway: Gateway, release: Release, looked: Looked, deadline: float) -> None:
-    """Raises: as `Gateway.admit`."""
-    planned = looked.plan
-    cost_s = gateway.engine.cost_s(release.digest, planned.pixels)
-    gateway.admit(cost_s, deadline, f"{planned.width}x{planned.height}", codec_px=looked.codec_px)
 
 
 def check_output(gateway: Gateway, header: Header, scale: int) -> None:

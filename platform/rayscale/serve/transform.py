@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 from rayscale import picture
@@ -14,11 +13,9 @@ from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas
 from rayscale.serve.gateway import CodecShare, Gateway, Role
-from rayscale.serve.intake import Looked, Work, admit, burst, check_output, cut, decode, decode_burst, look, single
+from rayscale.serve.intake import Looked, Work, burst, check_output, cut, decode, decode_burst, look, single
 from rayscale.serve.methods import MASKED, filtered, merged
 from rayscale.serve.table import Release
-
-AGAIN_S = 0.01  # who took longer from there to its tiles is admitted anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +39,12 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
         nonlocal codec_px
         looked.append(look(gateway, body, release, role, deadline))
         if codec_px := looked[0].codec_px:
-            share.enter(codec_px)
+            share.enter(codec_px, looked[0].engine_s)
         return not codec_px
 
     def begin() -> Canvas | None:
-        let_in = looked.pop()
-        work = cut(let_in, gateway.settings.limits)
-        if time.monotonic() - let_in.at > AGAIN_S:
-            share.leave()  # nobody waits for himself
-            admit(gateway, release, let_in, deadline)  # again: others were let in while it waited and was decoded
-            share.enter(codec_px)
+        work = cut(looked.pop(), gateway.settings.limits)
+        share.decoded()
         begun.append(work)
         return work.canvas if isinstance(work.canvas, Canvas) else None
 
