@@ -7,6 +7,8 @@ import functools
 import gc
 import runpy
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -459,17 +461,67 @@ def test_closing_refuses_what_waits(start: Callable[..., Engine]) -> None:
     async def main() -> None:
         waiting = asyncio.create_task(ask(engine, 1, 1, 1))
         await until(lambda: len(session.runs) == 1)
-        closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await until(lambda: engine._closed)
-        session.gate.set()
-        await closing
+        engine.close()
         with pytest.raises(UnavailableError, match="going away"):
             await waiting
         with pytest.raises(UnavailableError, match="going away"):
             await ask(engine, 2)
+        assert engine._thread.is_alive()  # it still runs the first tile
+        session.gate.set()
+        await until(lambda: not engine._thread.is_alive())
 
     asyncio.run(main())
     assert session.runs == [[1]]
+
+
+def test_closing_does_not_wait_for_what_runs_which_is_answered(start: Callable[..., Engine]) -> None:
+    session = FakeSession()
+    engine = start(session)
+    session.gate.clear()
+
+    async def main() -> None:
+        running = asyncio.create_task(ask(engine, 1))
+        await until(lambda: len(session.runs) == 1)
+        engine.close()  # in the event loop, as a gateway does
+        assert engine._thread.is_alive()
+        session.gate.set()
+        await running
+
+    asyncio.run(main())
+
+
+CLOSING = """
+import threading, time
+from pathlib import Path
+from rayscale.serve.engine import Engine, EngineSettings
+from rayscale.serve.batching import Model, TileJob
+import numpy as np, runpy, sys
+
+class Session:
+    card, digest, provider = runpy.run_path(sys.argv[1])["card"](halo_px=0), "d", "Fake"
+    begun = threading.Event()
+    def run(self, inputs, abort=None):
+        if next(iter(inputs.values())).any():
+            self.begun.set()
+            time.sleep(0.5)
+            print("ended", flush=True)
+        return {"image_out": next(iter(inputs.values())).repeat(2, 2).repeat(2, 3)}
+
+engine = Engine(EngineSettings(), load=lambda folder, digest: Session())
+engine.prepare("d", Path())
+tiles = [np.ones((8, 8, 3), np.uint8)]
+engine._put(TileJob(model=engine._models.get("d"), tiles=tiles, place=print, deadline=1e12))
+assert Session.begun.wait(10)
+if sys.argv[2] == "close":
+    engine.close()
+"""
+
+
+@pytest.mark.parametrize(("how", "ended"), [("close", True), ("forget", False)])
+def test_a_process_that_has_closed_its_engine_ends_after_the_run(how: str, ended: bool) -> None:
+    given = [sys.executable, "-c", CLOSING, str(Path(__file__).parents[1] / "small_onnx.py"), how]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=60, check=True)
+    assert ("ended" in done.stdout) == ended, done.stdout + done.stderr
 
 
 # --- several inputs, and functions that are no pictures

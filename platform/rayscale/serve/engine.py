@@ -8,6 +8,7 @@ No HTTP and no Ray: an engine lives in a gateway's process as well as behind a h
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import math
 import threading
@@ -398,13 +399,13 @@ class Engine:
             running[1].now()
 
     def close(self) -> None:
-        """Finish the running batch, refuse the rest, end the thread."""
+        """Refuse what waits and what comes. What runs is finished, and the thread ends after it: nobody waits here."""
         with self._lock:
             self._closed = True
             for job in self._queue.drain():
                 job.end.fail(_closed())
             self._wake.notify()
-        self._thread.join()
+        atexit.register(self._thread.join)  # ONNX Runtime must not be taken down under a run
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     # the device's thread
