@@ -26,8 +26,8 @@ from starlette.responses import Response, StreamingResponse
 from rayscale import imaging
 from rayscale.errors import IntegrityError
 from rayscale.imaging import Limits
+from rayscale.serve.admission import CodecShare
 from rayscale.serve.answers import Format, negotiate
-from rayscale.serve.gateway import CodecShare
 from rayscale.serve.table import Release, Table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from rayscale import artifact
 from rayscale.artifact import Abort
 from rayscale.contract import ModelCard
+from rayscale.serve.admission import Admission
 from rayscale.serve.api import create_app
 from rayscale.serve.batching import Item, Job, Model, Queue, TileJob
 from rayscale.serve.engine import Engine, EngineSettings
-from rayscale.serve.gateway import Admission, Gateway, GatewaySettings
+from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.table import Release
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))

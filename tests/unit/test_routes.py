@@ -311,13 +311,6 @@ def test_methods_enlarge_and_fill(service: Any) -> None:
     is_problem(post(service, "/v1/upscale?method=bicubic", content=png(sent)), 413, "599")
 
 
-def test_too_many_filters_are_sent_away(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.gateway, "_waiting", 16)
-    response = post(service, "/v1/restore?method=mean", content=png(photo()))
-    is_problem(response, 503, "filters")
-    assert int(response.headers["retry-after"]) >= 1
-
-
 # Generating
 
 

@@ -24,7 +24,7 @@ from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, RayscaleError, UnavailableError
 from rayscale.serve.promise import Promise
 
-_LOOK_BACK_S = 0.5
+LEARN, _LOOK_BACK_S = 0.2, 0.5
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -88,6 +88,11 @@ class Known:
         return stacks(self.card.spec) and (self.card.spec.kind != "generate" or self.provider == CPU)
 
 
+def learnt(before_s: float, measured_s: float, weight: float = LEARN) -> float:
+    """An estimate, corrected by one measurement; work that waited for its CPU moves it up by a fifth at most."""
+    return before_s + weight * (min(measured_s, 2 * before_s) - before_s) if before_s else measured_s
+
+
 class Model:
     """A session and what is known of it by now."""
 
@@ -141,15 +146,13 @@ class Job:
         return self.item_units * self.model.known.seconds_per_unit
 
     def learn(self, item_s: float) -> None:
-        """Correct the estimate by one measurement; a run that waited for its CPU moves it up by a fifth at most.
+        """Correct the estimate by one measurement.
 
         It looks back over some half a second of the device's time: over a few tiles alone it would jump with every
         busy moment, and with it who is let in.
         """
-        known, measured_s = self.model.known, item_s / self.item_units
-        before_s = known.seconds_per_unit
-        weight = min(0.2, max(item_s, self.item_s) / _LOOK_BACK_S)
-        known.seconds_per_unit += weight * ((min(measured_s, 2 * before_s) if before_s else measured_s) - before_s)
+        known, weight = self.model.known, min(LEARN, max(item_s, self.item_s) / _LOOK_BACK_S)
+        known.seconds_per_unit = learnt(known.seconds_per_unit, item_s / self.item_units, weight)
 
     @property
     def waiting_s(self) -> float:

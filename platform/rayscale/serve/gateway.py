@@ -7,21 +7,22 @@ body, the body's size while it streams, headers before pixels, the engine's back
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
+from rayscale.serve.admission import Admission, CodecLoad
 from rayscale.serve.batching import Timing
 from rayscale.serve.body import Held
 from rayscale.serve.course import Begin, Tiled
 from rayscale.serve.engine import Runner
+from rayscale.serve.filters import Filters
 from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
 from rayscale.serve.problems import BusyError
@@ -34,9 +35,6 @@ Role = Literal["upscale", "restore", "burst", "generate", "embed"]
 """What a model is for; the route of that name takes it."""
 
 _QUICK_BYTES = 1 << 20  # a longer body is split and looked through where it holds nobody up
-_WAITING = 16  # filters and comparisons; more are sent away
-_ERROR = 1.1  # the backlog may take so much longer than estimated: who is let in should not wait in vain
-_HORIZON = 10.0  # in timeouts: beyond it nobody is told when to come back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,80 +78,6 @@ def role_of(spec: Spec) -> Role:
     return spec.kind
 
 
-class Admission:
-    """Who is let in, and when the others may come back: one after the other, as fast as the engine works.
-
-    Told all the same time, they would meet a backlog again.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._promised_until = 0.0
-        self._lock = threading.Lock()  # codec threads ask as well as the event loop
-
-    def wait_s(self, cost_s: float, backlog_s: float, left_s: float, now: float, num_engines: int = 1) -> float | None:
-        """None: let it in. Else when there is room for it, after those who were sent away before it."""
-        with self._lock:
-            if not backlog_s:
-                self._promised_until = now  # who was to come by now did not
-            if _ERROR * backlog_s + cost_s <= left_s:
-                return None
-            room_s = backlog_s - (self._timeout_s - cost_s) / _ERROR  # it comes back with all of its time
-            wait_s = min(max(room_s, self._promised_until - now, 0.0), _HORIZON * self._timeout_s)
-            self._promised_until = now + wait_s + cost_s / num_engines
-            return wait_s
-
-
-class CodecLoad:
-    """Those who were let in and are with their codecs: what these still take, and what the engine will get of them.
-
-    With a small net most of the work is decoding and encoding.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.codec_s: dict[CodecShare, float] = {}  # of each from here to its end
-        self.engine_s: dict[CodecShare, float] = {}  # of each until its tiles are the engine's
-        self._seconds_per_px = 0.0  # measured while others decode and encode too, so a full machine shows
-
-    def cost_s(self, pixels: int) -> float:
-        """Of so many pixels read and written."""
-        return pixels * self._seconds_per_px
-
-    def backlog_s(self) -> float:
-        """Estimated seconds until a codec thread is free."""
-        return sum(self.codec_s.copy().values()) / self.threads  # a copy: codec threads add to it
-
-    def coming_s(self) -> float:
-        """Estimated device time of what the engine does not know of yet."""
-        return sum(self.engine_s.copy().values())
-
-    def learn(self, pixels: int, seconds: float) -> None:
-        measured, before = seconds / pixels, self._seconds_per_px
-        self._seconds_per_px += (measured - before) * (0.2 if before else 1.0)
-
-
-class CodecShare:
-    """One request's part of it. A thread that comes late to a request that has ended enters nothing."""
-
-    def __init__(self, load: CodecLoad) -> None:
-        self._load, self._ended = load, False
-
-    def enter(self, pixels: int, engine_s: float) -> None:
-        self._load.codec_s[self], self._load.engine_s[self] = self._load.cost_s(pixels), engine_s
-        if self._ended:
-            self.end()
-
-    def decoded(self) -> None:
-        """The engine has it now."""
-        self._load.engine_s.pop(self, None)
-
-    def end(self) -> None:
-        self._ended = True
-        self.decoded()
-        self._load.codec_s.pop(self, None)
-
-
 class Gateway:
     """Chooses the model, guards the engine, and follows a routing table."""
 
@@ -163,14 +87,14 @@ class Gateway:
         self._codecs = Threads(settings.codec_threads, "codec")
         self.codec_load = CodecLoad(settings.codec_threads)
         self._quick = Threads(1, "quick")  # headers, and all of small pictures
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
-        self._waiting = 0
+        self._filters = Filters(settings.timeout_s)
         self._admission = Admission(settings.timeout_s)
         self._defaults: tuple[Table, dict[tuple[object, ...], str]] = Table(), {}  # found so far, in this table
 
     def close(self) -> None:
         self.engine.close()
-        for pool in (self._quick, self._codecs, self._slow):
+        self._filters.close()
+        for pool in (self._quick, self._codecs):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # models
@@ -312,23 +236,14 @@ class Gateway:
 
         return await self.engine.run_between(digest, pool, first, last, deadline=deadline, look=where)
 
-    async def slow(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
+    async def slow(
+        self, kind: str, pixels: int, deadline: float, work: Callable[..., T], *args: Any
+    ) -> tuple[T, float]:
         """The same in the one thread for filters and comparisons, which must not hold up the codecs.
 
-        Raises: BusyError when too many wait, or it took too long.
+        Raises: as `Filters.run`.
         """
-        if self._waiting >= _WAITING:
-            raise BusyError("filters", f"{self._waiting} waiting", "one runs at a time", "try again later",
-                            retry_after_s=5.0)  # fmt: skip
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(self._slow, _timed, work, args)
-        except TimeoutError:
-            raise BusyError("filters", "deadline", f"not done within {self.settings.timeout_s:.0f} s",
-                            "send a smaller picture, or try again later", retry_after_s=5.0) from None  # fmt: skip
-        finally:
-            self._waiting -= 1
+        return await self._filters.run(kind, pixels, deadline, partial(work, *args))
 
     # what is told
 

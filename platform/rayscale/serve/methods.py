@@ -23,9 +23,14 @@ MASKED = frozenset({"telea", "navier_stokes"})  # they fill what a mask marks
 _PROBLEMS: tuple[Literal["denoise", "deblur", "inpaint"], ...] = ("denoise", "deblur", "inpaint")
 
 
+def load() -> None:
+    """Import what methods need, before they are timed: 0.5 s with scikit-image; who never compares does not pay it."""
+    from rayscale import classical  # noqa: F401
+
+
 def filtered(rgb: U8, missing: U8 | None, method: str, scale: int) -> U8:
     """u8[h, w, 3] by a method's default settings: enlarged by `scale`, or of the same size. Seconds for megapixels."""
-    from rayscale import classical  # with scikit-image, 0.5 s: who never compares does not pay for it
+    from rayscale import classical
 
     if method in get_args(Upscaling):
         return classical.upscale(rgb, scale=scale, kind=method)  # type: ignore[arg-type]

@@ -8,13 +8,14 @@ from rayscale import picture
 from rayscale.errors import TooLargeError
 from rayscale.picture import Picture, Samples
 from rayscale.serve import deep
+from rayscale.serve.admission import CodecShare
 from rayscale.serve.answers import Answer, Format, pictures_json, timing_header
 from rayscale.serve.body import Body
 from rayscale.serve.deep import DeepCanvas
 from rayscale.serve.engine import Canvas
-from rayscale.serve.gateway import CodecShare, Gateway, Role
-from rayscale.serve.intake import Looked, Work, burst, check_output, cut, decode, decode_burst, look, single
-from rayscale.serve.methods import MASKED, filtered, merged
+from rayscale.serve.gateway import Gateway, Role
+from rayscale.serve.intake import Files, Looked, Work, burst, check_output, cut, decode, decode_burst, look, single
+from rayscale.serve.methods import MASKED, filtered, load, merged
 from rayscale.serve.table import Release
 
 
@@ -78,7 +79,12 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
 
 async def by_method(gateway: Gateway, body: Body, method: str, role: Role, scale: int, finish: Finish) -> Answer:
     """The answer of a classical method, with its default settings, on 8 bits."""
-    answer, seconds = await gateway.slow(_filter, gateway, body, method, role, scale, finish)
+    deadline = gateway.deadline()
+    (files, pixels), _ = await gateway.codec(_looked, gateway, body, method, role, scale)
+    kind = f"{method} {finish.format.media}"
+    answer, seconds = await gateway.slow(
+        kind, pixels * scale**2, deadline, _filter, gateway, files, method, role, scale, finish
+    )
     headers = {
         **answer.headers,
         "X-Rayscale-Model": f"classical:{method}",
@@ -113,22 +119,27 @@ def _answer(
     return Answer(body=body, media_type=finish.format.media_type, headers=headers)
 
 
-def _filter(gateway: Gateway, body: Body, method: str, role: Role, scale: int, finish: Finish) -> Answer:
+def _looked(gateway: Gateway, body: Body, method: str, role: Role, scale: int) -> tuple[Files, int]:
+    """The parts of a request that a method may work on, by their headers, and all their pixels."""
     limits, settings = gateway.settings.limits, gateway.settings
-    masked = method in MASKED
     if role == "burst":
         files = burst(body, limits, method, None)
     else:
-        files = single(body, limits, method, masked=masked, may_mask=role == "restore")
+        files = single(body, limits, method, masked=method in MASKED, may_mask=role == "restore")
     pixels = files.header.width * files.header.height * len(files.frames)
     if pixels > settings.max_method_pixels:
         rule = f"methods take at most {settings.max_method_pixels} pixels"
         raise TooLargeError("image", f"{pixels} pixels", rule, "send less, or use a model")
     check_output(gateway, files.header, scale)
+    load()
+    return files, pixels
+
+
+def _filter(gateway: Gateway, files: Files, method: str, role: Role, scale: int, finish: Finish) -> Answer:
     if role == "burst":
         found, stack = decode_burst(files)
         rgb = merged(stack, method, scale)
     else:
-        found, missing = decode(files, limits, masked=masked)
+        found, missing = decode(files, gateway.settings.limits, masked=method in MASKED)
         rgb = filtered(picture.to_u8(found.rgb), missing, method, scale)
     return _answer(gateway, found, rgb, scale, finish, {"model": f"classical:{method}"})

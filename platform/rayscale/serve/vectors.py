@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,8 @@ async def similarity(
     for index, pair in enumerate(pairs):
         if time.monotonic() >= deadline:
             raise too_late()
-        (a, b, found), seconds = await gateway.slow(_compare, gateway, pair, measures)
+        kind = " ".join(sorted({*measures})) or ("all" if pair.alike else "sift")
+        (a, b, found), seconds = await gateway.slow(kind, pair.pixels, deadline, _compare, gateway, pair, measures)
         spans["compare"] += seconds
         if release is not None:
             spec = gateway.card(release, "embed").spec
@@ -154,7 +156,17 @@ def cosine(a: Any, b: Any) -> float | None:
     return float(np.clip(a @ b / length, -1, 1)) if length else None
 
 
-def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two pictures, as they were sent."""
+
+    a: bytes
+    b: bytes
+    alike: bool  # of one size
+    pixels: int  # of both
+
+
+def _read_pairs(gateway: Gateway, body: Body) -> list[Pair]:
     """`a` and `b` of a form or an object, or the object's list `pairs`; their headers are within the limits."""
     most, names = gateway.settings.max_items, {"a": 1, "b": 1}
     if body.kind == JSON and "pairs" in (value := body.json()):
@@ -167,21 +179,22 @@ def _read_pairs(gateway: Gateway, body: Body) -> list[tuple[bytes, bytes]]:
         read = [json_parts(entry, names) for entry in entries]
     else:
         read = [body.parts(names)]
-    pairs = [(only(parts, "a"), only(parts, "b")) for parts in read]
-    headers = []
-    for pair in pairs:
-        for name, data in zip("ab", pair, strict=True):
-            header = opened(data, gateway.settings.limits, name).header
-            headers.append(header)
+    pairs, headers = [], []
+    for parts in read:
+        data = only(parts, "a"), only(parts, "b")
+        both = [opened(each, gateway.settings.limits, name).header for name, each in zip("ab", data, strict=True)]
+        for name, header in zip("ab", both, strict=True):
             if header.width * header.height > gateway.settings.max_method_pixels:
                 rule = f"at most {gateway.settings.max_method_pixels} pixels are compared"
                 raise TooLargeError(name, f"{header.width}x{header.height}", rule, "send a smaller picture")
+        sizes = [(header.width, header.height) for header in both]
+        pairs.append(Pair(a=data[0], b=data[1], alike=sizes[0] == sizes[1], pixels=sum(w * h for w, h in sizes)))
+        headers += both
     check_total(headers, gateway.settings.limits)
     return pairs
 
 
-def _compare(
-    gateway: Gateway, pair: tuple[bytes, bytes], measures: Sequence[Measure]
-) -> tuple[U8, U8, dict[str, float | None]]:
-    a, b = (picture.decode(data, gateway.settings.limits, name).flat() for name, data in zip("ab", pair, strict=True))
+def _compare(gateway: Gateway, pair: Pair, measures: Sequence[Measure]) -> tuple[U8, U8, dict[str, float | None]]:
+    limits = gateway.settings.limits
+    a, b = (picture.decode(data, limits, name).flat() for name, data in zip("ab", (pair.a, pair.b), strict=True))
     return a, b, compared(a, b, measures or applicable(a.shape[:2], b.shape[:2]))
