@@ -27,7 +27,7 @@ from rayscale.serve.batching import CallJob, Known, Model, Queue, TileJob, stack
 from rayscale.serve.calls import Ask
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Gateway, GatewaySettings
-from rayscale.serve.remote import CHUNK_BYTES
+from rayscale.serve.remote import CHUNK_BYTES, Chunk, RemoteEngine, Reply, answer
 from rayscale.serve.table import Release
 from rayscale.serve.vectors import grouped
 
@@ -248,11 +248,11 @@ def test_what_fails_together_is_run_alone(make: type[Device], bad: int) -> None:
     with engine_of(device, max_batch=MOST) as engine:
         found = asyncio.run(main(engine))
     assert device.runs[-5:] == [4, 1, 1, 1, 1]
-    for z, answer in zip(zs, found, strict=True):
+    for z, got in zip(zs, found, strict=True):
         if z[0, 0] == bad:
-            assert isinstance(answer, ValueError)
+            assert isinstance(got, ValueError)
         else:
-            np.testing.assert_array_equal(answer[0]["out"], z + 1)
+            np.testing.assert_array_equal(got[0]["out"], z + 1)
 
 
 def test_a_request_that_shares_runs_with_itself_alone_is_timed() -> None:
@@ -474,6 +474,43 @@ def test_a_model_that_takes_one_sample_at_a_time_is_given_one(path: str) -> None
     with serving(device, max_batch=MOST) as (client, _):
         assert asyncio.run(main(client)) == 5
     assert device.runs == [1] * 5
+
+
+def test_engines_elsewhere_batch_calls_of_all_gateways() -> None:
+    device = Device(GENERATE, provider=CPU)
+    flying: dict[str, int] = {}
+    most: list[int] = []
+
+    async def request(remote: RemoteEngine, value: float) -> None:
+        async def part(ask: Ask, index: int) -> None:
+            z = np.full((2, 5), value + index, np.float32)
+            np.testing.assert_array_equal((await ask({"z": z}))["out"], z + 1)
+
+        await calls.run(remote, "d", part, 6, in_ten_s())
+
+    async def main(engine: Engine) -> None:
+        async def carry(chunk: Chunk) -> Reply:
+            flying[chunk.request] = flying.get(chunk.request, 0) + 1
+            most.append(flying[chunk.request])
+            try:
+                return await answer(engine, "e", chunk)
+            finally:
+                flying[chunk.request] -= 1
+
+        gateways = [RemoteEngine(EngineSettings(max_batch=MOST), carry, lambda: None, window=3) for _ in range(2)]
+        for gateway in gateways:
+            gateway.learn(engine.known(), 1)
+        device.gate.clear()
+        asked = [asyncio.create_task(request(gateway, 10.0 * i)) for i, gateway in enumerate(gateways)]
+        await until(lambda: sum(device.runs) + sum(j.count for jobs in engine._queue._circle for j in jobs) == 12)
+        device.gate.set()
+        await asyncio.gather(*asked)
+
+    with engine_of(device, max_batch=MOST) as engine:
+        asyncio.run(main(engine))
+    assert sum(device.runs) == 24
+    assert MOST in device.runs
+    assert max(most) == 3  # of one request in flight
 
 
 # --- the parts of one request
