@@ -240,13 +240,11 @@ def test_journals_are_no_models(registry: Registry, tmp_path: Path) -> None:
 
 
 def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: Registry) -> None:
-    from rayscale.serve.app import AppArgs, RolloutReplica
+    from rayscale.serve.app import AppArgs
 
     def read(require_gate: bool) -> Desired:
         """What an application follows."""
-        replica = RolloutReplica.__new__(RolloutReplica)
-        replica._args, replica._registry = AppArgs(tracking_uri=registry.uri, require_gate=require_gate), None
-        return replica._read()
+        return AppArgs(tracking_uri=registry.uri, require_gate=require_gate).source().ask()
 
     versions = model(registry, "m")
     registry.client.set_registered_model_alias("m", ALIAS, "1")

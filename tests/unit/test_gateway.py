@@ -540,7 +540,7 @@ from PIL import Image
 import rayscale.serve.app  # the whole of serving, Ray Serve's shell included
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.api import create_app
-from rayscale.serve.gateway import CodecShare, Gateway, GatewaySettings
+from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.table import Release, Table
 
 folder, digest = sys.argv[1:]

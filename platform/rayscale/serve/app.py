@@ -29,18 +29,18 @@ from rayscale.errors import ConfigError, nearest
 from rayscale.imaging import Limits
 from rayscale.memory import keep_freed_memory
 from rayscale.observe import log, setup_logging
-from rayscale.serve import follower, keys, lines, remote, rollout
+from rayscale.serve import follower, keys, lines, remote
 from rayscale.serve.api import create_app
 from rayscale.serve.engine import Engine, EngineSettings, Runner
 from rayscale.serve.follower import EngineFollower, Follower, GatewayFollower
 from rayscale.serve.gateway import Gateway, GatewaySettings
+from rayscale.serve.keeper import Keeper, RegistrySource
 from rayscale.serve.lines import Lines, Offer
 from rayscale.serve.meters import RayMeters
 from rayscale.serve.remote import LostError, RemoteEngine
-from rayscale.serve.rollout import Desired, Orders, Report
-from rayscale.serve.table import Table, read_table, write_table
+from rayscale.serve.rollout import Orders, Report, Rollout
+from rayscale.serve.table import Table
 
-TABLE = "table.json"
 SYNC_TIMEOUT_S = 5.0
 
 
@@ -110,6 +110,9 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             remedy = nearest(str(first["loc"][-1]), known) if unknown else "correct the application's args"
             raise ConfigError(f"args.{name}", first.get("input"), rule, remedy) from None
 
+    def source(self) -> RegistrySource:
+        return RegistrySource(self.tracking_uri or None, self.models, require_gate=self.require_gate)
+
     def engine(self, threads: int) -> EngineSettings:
         return EngineSettings(
             device=self.device,
@@ -136,69 +139,24 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class RolloutReplica:
-    """Reads the registry every `poll_s`, answers the replicas' syncs, keeps the table. All I/O in one thread."""
+    """Reads the registry every `poll_s`, answers the replicas' syncs, keeps the table."""
 
     def __init__(self, args: AppArgs) -> None:
         setup_logging()
-        self._args = args
-        self._registry: Any = None
-        self._store = storage.open_store(args.state_uri or storage.home() / "serve")
-        self._io = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._meters = RayMeters()
-        self._rollout = self._new(None)
-        self._kept = 0  # generation of the table in the store
-        self._away = ""  # why the registry does not answer
-        self._started = asyncio.Event()
-        self._task = asyncio.create_task(self._follow_registry())
+        store, meters = storage.open_store(args.state_uri or storage.home() / "serve"), RayMeters()
+
+        def new(table: Table) -> Rollout:
+            return Rollout(table, now=time.monotonic(), probation_s=args.probation_s, meters=meters)
+
+        self._keeper = Keeper(args.source(), store, new, poll_s=args.poll_s)
+        self._task = asyncio.create_task(self._keeper.run())
 
     async def sync(self, report: Report) -> Orders:
-        await self._started.wait()  # who asks early is told what the registry says
-        return self._rollout.sync(report, time.monotonic())
-
-    def _new(self, table: Table | None) -> rollout.Rollout:
-        return rollout.Rollout(table, now=time.monotonic(), probation_s=self._args.probation_s, meters=self._meters)
+        return await self._keeper.sync(report)
 
     async def check_health(self) -> None:
         if self._task.done():
             self._task.result()  # raises what ended it: Ray Serve shows it and starts another replica
-
-    async def _follow_registry(self) -> None:
-        kept = await self._in_thread(read_table, self._store, TABLE)
-        self._rollout, self._kept = self._new(kept), kept.generation
-        while True:
-            await self._poll()
-            self._started.set()
-            await asyncio.sleep(self._args.poll_s)
-
-    async def _poll(self) -> None:
-        """Read the registry and keep a changed table. What fails is said once and tried again."""
-        try:
-            self._rollout.desire(await self._in_thread(self._read), time.monotonic())
-            if (table := self._rollout.table).generation != self._kept:
-                await self._in_thread(write_table, self._store, TABLE, table)
-                self._kept = table.generation
-            while self._rollout.endings:  # where the registry does not take them now, next time
-                await self._in_thread(rollout.write_ending, self._registry, self._rollout.endings[0])
-                del self._rollout.endings[0]
-        except Exception as error:
-            if str(error) != self._away:
-                log.warning("table %d stays: %s", self._rollout.table.generation, error)
-            self._away = str(error)
-        else:
-            if self._away:
-                log.info("the registry answers again")
-            self._away = ""
-
-    def _read(self) -> Desired:
-        from rayscale.registry import journal  # imports MLflow
-        from rayscale.registry.models import Registry
-
-        self._registry = self._registry or Registry(self._args.tracking_uri or None)
-        gated = functools.partial(journal.gated, self._registry) if self._args.require_gate else None
-        return rollout.read_desired(self._registry, self._args.models, gated)
-
-    async def _in_thread(self, work: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._io, work, *args)
 
 
 def _sync(rollout_handle: DeploymentHandle) -> Callable[[Report], Awaitable[Orders]]:
