@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import runpy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayscale import contract, storage
@@ -18,7 +20,7 @@ from rayscale.serve import follower as follower_module
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
-from rayscale.serve.remote import Chunk, RemoteEngine, Reply
+from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
 from rayscale.serve.rollout import Canary, Desired, Orders, Report, Rollout, read_desired
 from rayscale.serve.table import Release, Table, read_table, write_table
 
@@ -609,6 +611,35 @@ def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
         assert follower.reason == "preparing photos:1; CUDA did not start"
 
     asyncio.run(main())
+
+
+def test_a_gateway_forgets_what_no_table_names_once_its_requests_are_over() -> None:
+    async def main(grace_s: float) -> tuple[set[str], set[str]]:
+        """What a gateway knows, and whose failures it counts, after twenty promotions."""
+        state, remote = Rollout(now=0.0), RemoteEngine(EngineSettings(), dies, lambda: None)
+
+        async def sync(said: Report) -> Orders:
+            return state.sync(said, 0.0)
+
+        follower = GatewayFollower("gateway", remote, sync, grace_s=grace_s)
+        for version in range(20):
+            state.desire(desired(release(version)), 0.0)
+            state.sync(engine("e1", *(release(v) for v in range(version + 1))), 0.0)
+            await follower.step()
+            with pytest.raises(UnavailableError, match="two engines died"):
+                await remote.call(release(version).digest, {"image": np.zeros((1, 3, 8, 8), np.float32)}, deadline=1e9)
+            if version:
+                remote.session(release(version - 1).digest)  # the one before is warm
+        return set(remote.known()), set(remote.outcomes())
+
+    knows, counts = asyncio.run(main(0.0))
+    assert knows == counts == {release(18).digest, release(19).digest}
+    knows, counts = asyncio.run(main(60.0))  # control: requests that began with one still know it
+    assert len(knows) == len(counts) == 20
+
+
+async def dies(chunk: Chunk) -> Reply:
+    raise LostError(f"engine {random.random()}")
 
 
 def test_a_gpu_that_was_asked_for_and_not_obtained_is_not_ready_and_says_why(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ class Follower(ABC):
     def _forget(self, orders: Orders) -> None:
         named = {r.digest for r in orders.prepare} | set(orders.table.versions) | set(self.table.versions)
         now = time.monotonic()
-        loaded = self._engine.digests
-        self._unnamed = {digest: self._unnamed.get(digest, now) for digest in loaded - named}
+        held = self._engine.known().keys()  # of a gateway more than its engines have now
+        self._unnamed = {digest: self._unnamed.get(digest, now) for digest in held - named}
         for digest, since in list(self._unnamed.items()):
             if now - since >= self._grace_s:  # requests that resolved to it are over
                 self._engine.forget(digest)

@@ -159,6 +159,7 @@ class RemoteEngine:
 
     def forget(self, digest: str) -> None:
         self._known.pop(digest, None)
+        self._crashed.pop(digest, None)
 
     @property
     def num_engines(self) -> int:
