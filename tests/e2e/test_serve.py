@@ -111,8 +111,6 @@ class Served:
         for deployment in config["applications"][0]["deployments"]:
             for key, value in changes.get(deployment["name"], {}).items():
                 deployment[key] = {**deployment[key], **value}
-                if key == "autoscaling_config":
-                    deployment[key]["min_replicas"] = min(deployment[key]["min_replicas"], value["max_replicas"])
         (self.folder / "serve.yaml").write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", "--address", self.address,
                    "serve.yaml"]  # fmt: skip
@@ -144,11 +142,13 @@ def png(pixels: U8) -> bytes:
     return buffer.getvalue()
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> float:
+    """How many seconds it took."""
+    began_s = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < began_s + timeout_s, "it did not happen in time"
         time.sleep(0.1)
+    return time.monotonic() - began_s
 
 
 def answers(url: str) -> bool:
@@ -156,6 +156,55 @@ def answers(url: str) -> bool:
         return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+class Shot(NamedTuple):
+    """One answer of an open loop."""
+
+    due_s: float
+    done_s: float
+    which: int
+    digest: str
+    content: bytes
+
+
+def latency_and_gap_s(shots: list[Shot]) -> tuple[float, float]:
+    """The 99th percentile of the seconds since each was due, and the longest time without an answer."""
+    done_s = sorted(shot.done_s for shot in shots)
+    latencies = sorted(shot.done_s - shot.due_s for shot in shots)
+    return latencies[math.ceil(0.99 * len(shots)) - 1], max(b - a for a, b in pairwise(done_s))
+
+
+@contextlib.contextmanager
+def open_loop(served: Served, pictures: list[U8], per_s: float) -> Iterator[list[Shot]]:
+    """So many requests a second in turn, however long answers take; gives those so far. All are answered with 200."""
+    bodies = [png(p) for p in pictures]
+    shots: list[Shot] = []
+    stop = threading.Event()
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(timeout=60, limits=limits) as client, ThreadPoolExecutor(256) as pool:
+
+        def one(which: int, due_s: float) -> None:
+            answer = client.post(f"{served.url}/v1/upscale", content=bodies[which])
+            assert answer.status_code == 200, answer.text
+            digest = answer.headers["x-rayscale-digest"]
+            shots.append(Shot(due_s, time.monotonic(), which, digest, answer.content))
+
+        def load() -> list[Future[None]]:
+            asked: list[Future[None]] = []
+            due_s = time.monotonic()
+            while not stop.wait(max(0.0, due_s - time.monotonic())):
+                asked.append(pool.submit(one, len(asked) % len(bodies), due_s))
+                due_s += 1 / per_s
+            return asked
+
+        load_is_over = pool.submit(load)
+        try:
+            yield shots
+        finally:
+            stop.set()
+        for asked in load_is_over.result():
+            asked.result()  # none was lost on its way
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("staging", marks=pytest.mark.long)])
@@ -235,41 +284,16 @@ def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served:
     old, new = served.versions
     served.promote(old)
     served.wait_for(old.digest)
-    body = png(photo(90, 70))
-    shots: list[Shot] = []
     took_s: list[float] = []
-    stop = threading.Event()
-
-    with httpx.Client(timeout=30) as client, ThreadPoolExecutor(32) as pool:
-
-        def one(due_s: float) -> None:
-            answer = client.post(f"{served.url}/v1/upscale", content=body)
-            digest = answer.headers.get("x-rayscale-digest", "")
-            shots.append(Shot(due_s, time.monotonic(), answer.status_code, digest, answer.content))
-
-        def load() -> list[Future[None]]:
-            """20 requests a second, however long answers take."""
-            asked, due_s = [], time.monotonic()
-            while not stop.wait(max(0.0, due_s - time.monotonic())):
-                asked.append(pool.submit(one, due_s))
-                due_s += 0.05
-            return asked
-
-        load_is_over = pool.submit(load)
-        try:
-            time.sleep(3.0)
-            swaps_s = time.monotonic()
-            for version in (new, old, new):  # a promotion, a rollback, a promotion
-                began_s = time.monotonic()
-                served.promote(version)
-                until(lambda digest=version.digest: bool(shots) and shots[-1].digest == digest)  # type: ignore[misc]
-                took_s.append(time.monotonic() - began_s)
-                time.sleep(0.5)
-        finally:
-            stop.set()
-        for asked in load_is_over.result():
-            asked.result()  # none was lost on its way
-    assert {shot.status for shot in shots} == {200}
+    with open_loop(served, [photo(90, 70)], 20.0) as shots:
+        time.sleep(3.0)
+        swaps_s = time.monotonic()
+        for version in (new, old, new):  # a promotion, a rollback, a promotion
+            began_s = time.monotonic()
+            served.promote(version)
+            until(lambda digest=version.digest: bool(shots) and shots[-1].digest == digest)  # type: ignore[misc]
+            took_s.append(time.monotonic() - began_s)
+            time.sleep(0.5)
     pictures = {(shot.digest, shot.content) for shot in shots}
     assert len(pictures) == 2  # one picture per version, whenever it was asked for
     assert {digest for digest, _ in pictures} == {old.digest, new.digest}
@@ -282,23 +306,6 @@ def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served:
         p99_s, gap_s = latency_and_gap_s(some)
         print(f"\n{name}: {len(some)} answers, p99 {1e3 * p99_s:.0f} ms, longest gap {1e3 * gap_s:.0f} ms")
         assert gap_s < 10  # a replica that restarts takes as long; the figures are for people
-
-
-class Shot(NamedTuple):
-    """One answer of an open loop."""
-
-    due_s: float
-    done_s: float
-    status: int
-    digest: str
-    content: bytes
-
-
-def latency_and_gap_s(shots: list[Shot]) -> tuple[float, float]:
-    """The 99th percentile of the seconds since each was due, and the longest time without an answer."""
-    done_s = sorted(shot.done_s for shot in shots)
-    latencies = sorted(shot.done_s - shot.due_s for shot in shots)
-    return latencies[math.ceil(0.99 * len(shots)) - 1], max(b - a for a, b in pairwise(done_s))
 
 
 @pytest.mark.ray
@@ -446,13 +453,16 @@ def test_serving_goes_on_without_the_rollout_and_follows_again(served: Served) -
 # --- two tiers under fire
 
 
-def engine_pids() -> set[int]:
-    """Of the engines that this cluster runs now."""
+ONE = {"min_replicas": 1, "max_replicas": 1}
+
+
+def pids_of(deployment: str) -> set[int]:
+    """Of its replicas that this cluster runs now."""
     import ray
 
     found = set()
     for actor in ray.util.list_named_actors(all_namespaces=True):
-        if "#Engine#" in actor["name"]:
+        if f"#{deployment}#" in actor["name"]:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):  # it is dying
                 replica = ray.get_actor(actor["name"], namespace="serve")
                 found.add(ray.get(replica.__ray_call__.remote(lambda _: os.getpid()), timeout=5))
@@ -505,11 +515,11 @@ def under_load(served: Served) -> Iterator[list[int]]:
 def test_killed_engines_cost_no_request(served: Served) -> None:
     with under_load(served) as seen:
         for _ in range(3):
-            before = engine_pids()
+            before = pids_of("Engine")
             os.kill(min(before), signal.SIGKILL)
-            until(lambda before=before: len(engine_pids() - before) >= 1)  # type: ignore[misc]
+            until(lambda before=before: len(pids_of("Engine") - before) >= 1)  # type: ignore[misc]
             time.sleep(1.0)
-        for pid in engine_pids():  # and all of them at once
+        for pid in pids_of("Engine"):  # and all of them at once
             os.kill(pid, signal.SIGKILL)
         count = len(seen)
         until(lambda: len(seen) > count + 20)
@@ -520,16 +530,122 @@ def test_killed_engines_cost_no_request(served: Served) -> None:
 @pytest.mark.parametrize("served", ["staging"], indirect=True)
 def test_redeployed_and_fewer_engines_cost_no_request(served: Served) -> None:
     with under_load(served) as seen:
-        before = engine_pids()
+        before = pids_of("Engine")
         served.deploy(Engine={"ray_actor_options": {"num_cpus": 0.9}})
-        until(lambda: len(engine_pids() - before) == 2 and not engine_pids() & before, 120)
-        served.deploy(Engine={"ray_actor_options": {"num_cpus": 0.9}, "autoscaling_config": {"max_replicas": 1}})
-        until(lambda: len(engine_pids()) == 1, 120)
+        until(lambda: len(pids_of("Engine") - before) == 2 and not pids_of("Engine") & before, 120)
+        served.deploy(Engine={"ray_actor_options": {"num_cpus": 0.9}, "autoscaling_config": ONE})
+        until(lambda: len(pids_of("Engine")) == 1, 120)
         count = len(seen)
         until(lambda: len(seen) > count + 20)
-        last = engine_pids()
+        last = pids_of("Engine")
         served.deploy()
-        until(lambda: len(engine_pids() - last) == 2 and not engine_pids() & last, 120)
+        until(lambda: len(pids_of("Engine") - last) == 2 and not pids_of("Engine") & last, 120)
+
+
+# --- as many as there is work for: by Serve's own policy, with delays that a test can wait for
+
+
+QUICK = {"target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 3, "metrics_interval_s": 1,
+         "look_back_period_s": 2}  # fmt: skip
+
+
+def replicas(deployment: str) -> dict[str, int]:
+    """How many of them are STARTING, RUNNING, STOPPING."""
+    from ray import serve
+
+    return dict(serve.status().applications["rayscale"].deployments[deployment].replica_states)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_engines_follow_a_step_load_up_and_down_and_lose_nothing(served: Served) -> None:
+    slow = served.publish(4, depth=3)
+    served.promote(slow)
+    served.deploy(Engine={"autoscaling_config": QUICK | ONE})
+    until(lambda: replicas("Engine") == {"RUNNING": 1})
+    served.wait_for(slow.digest)
+    pictures = [photo(64, 64, seed) for seed in range(8)]
+    began_s = time.monotonic()
+    wanted = [served.upscale(picture).content for picture in pictures]
+    per_s = 1.6 * len(pictures) / (time.monotonic() - began_s)  # more than one engine can do, on any machine
+
+    def check(shots: list[Shot]) -> None:
+        assert all((shot.digest, shot.content) == (slow.digest, wanted[shot.which]) for shot in shots)
+
+    served.deploy(Engine={"autoscaling_config": QUICK | {"min_replicas": 1, "max_replicas": 3}})
+    with open_loop(served, pictures, per_s) as heavy:
+        up_s = until(lambda: replicas("Engine").get("RUNNING", 0) >= 2)
+        time.sleep(3.0)
+    with open_loop(served, pictures, 1.0) as light:
+        down_s = until(lambda: replicas("Engine") == {"RUNNING": 1}, 120)
+    check(heavy + light)
+    print(f"\n{per_s:.1f} requests/s: the second engine answers after {up_s:.1f} s; 1 request/s: the last one is alone "
+          f"after {down_s:.1f} s; {len(heavy)} and {len(light)} answers")  # fmt: skip
+
+    served.deploy(Engine={"autoscaling_config": QUICK | ONE})  # control
+    alone = pids_of("Engine")
+    with open_loop(served, pictures, per_s) as shots:
+        end_s = time.monotonic() + up_s + 3.0
+        while time.monotonic() < end_s:
+            assert replicas("Engine") == {"RUNNING": 1}
+            time.sleep(0.2)
+    check(shots)
+    assert pids_of("Engine") == alone
+    served.promote(served.versions[0])
+    served.deploy()
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["staging"], indirect=True)
+def test_engines_sleep_while_nobody_asks_and_wake_for_the_next_request(served: Served) -> None:
+    served.promote(served.versions[0])
+    served.wait_for(served.versions[0].digest)
+    pictures = [photo(60, 200, seed) for seed in range(6)]
+    wanted = [served.upscale(picture).content for picture in pictures]
+    until(lambda: replicas("Engine") == {"RUNNING": 2})  # control: with the staging config they wait for work
+    served.deploy(Engine={"autoscaling_config": QUICK | {"min_replicas": 0, "max_replicas": 1}})
+    for together in (1, 6):
+        asleep_s = until(lambda: replicas("Engine") == {})
+        assert httpx.get(f"{served.url}/readyz").status_code == 200
+        began_s = time.monotonic()
+        with ThreadPoolExecutor(together) as pool:
+            answers = list(pool.map(served.upscale, pictures[:together]))
+        woken_s = time.monotonic() - began_s
+        print(f"\nasleep after {asleep_s:.1f} s; woken and {together} answered after {woken_s:.1f} s")
+        assert [answer.status_code for answer in answers] == [200] * together
+        assert [answer.content for answer in answers] == wanted[:together]
+    served.deploy()
+    until(lambda: replicas("Engine") == {"RUNNING": 2})
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["local"], indirect=True)
+def test_a_gateway_that_leaves_costs_no_request(served: Served) -> None:
+    two = {"initial_replicas": 2, "min_replicas": 2, "max_replicas": 2}
+    served.deploy(Gateway={"autoscaling_config": two})
+    until(lambda: replicas("Gateway") == {"RUNNING": 2})
+
+    def kill_both() -> None:
+        with under_load(served) as seen:
+            until(lambda: len(seen) > 10)
+            for pid in pids_of("Gateway"):
+                os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(AssertionError, match=r"== \[\]"):
+        kill_both()  # control: they cannot drain
+    until(lambda: replicas("Gateway") == {"RUNNING": 2} and answers(served.url))
+    with under_load(served) as seen:
+        until(lambda: len(seen) > 20)
+        count, began_s = len(seen), time.monotonic()
+        served.deploy(Gateway={"autoscaling_config": ONE})
+        until(lambda: replicas("Gateway") == {"RUNNING": 1}, 120)
+        print(f"\none of two gateways left within {time.monotonic() - began_s:.1f} s; {len(seen) - count} answers")
+        count = len(seen)
+        until(lambda: len(seen) > count + 20)
+    served.deploy()
 
 
 @pytest.mark.ray
@@ -537,7 +653,7 @@ def test_redeployed_and_fewer_engines_cost_no_request(served: Served) -> None:
 @pytest.mark.parametrize("served", ["staging"], indirect=True)
 def test_engines_drop_what_nobody_waits_for(served: Served) -> None:
     served.upscale(photo(16, 16))
-    pids = engine_pids()
+    pids = pids_of("Engine")
 
     def busy_s() -> float:
         """CPU seconds of the engines so far."""
