@@ -279,53 +279,101 @@ def test_errors_are_problems_through_ray_serve_too(served: Served) -> None:
         assert response.json()["request_id"] == "mine"
 
 
+def is_smooth(shots: list[Shot], swap_s: float) -> bool:
+    """Whether p99 from `swap_s` on is at most twice that before it, and no gap over 500 ms, then and before."""
+    p99s_s, gaps_s = [], []
+    for some in ([shot for shot in shots if shot.done_s < swap_s], [shot for shot in shots if shot.done_s >= swap_s]):
+        assert len(some) > 50
+        p99_s, gap_s = latency_and_gap_s(some)
+        print(f"\n{len(some)} answers, p99 {1e3 * p99_s:.0f} ms, longest gap {1e3 * gap_s:.0f} ms")
+        p99s_s.append(p99_s)
+        gaps_s.append(gap_s)
+    return p99s_s[1] <= 2 * p99s_s[0] and max(gaps_s) <= 0.5
+
+
 @pytest.mark.ray
 def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served: Served) -> None:
-    old, new = served.versions
+    """Times are measured up to three times, others use this machine too; an error or a wrong answer ends it at once."""
+    old = served.versions[0]
     served.promote(old)
     served.wait_for(old.digest)
-    took_s: list[float] = []
-    with open_loop(served, [photo(90, 70)], 20.0) as shots:
-        time.sleep(3.0)
-        swaps_s = time.monotonic()
-        for version in (new, old, new):  # a promotion, a rollback, a promotion
-            began_s = time.monotonic()
-            served.promote(version)
-            until(lambda digest=version.digest: bool(shots) and shots[-1].digest == digest)  # type: ignore[misc]
-            took_s.append(time.monotonic() - began_s)
-            time.sleep(0.5)
-    pictures = {(shot.digest, shot.content) for shot in shots}
-    assert len(pictures) == 2  # one picture per version, whenever it was asked for
-    assert {digest for digest, _ in pictures} == {old.digest, new.digest}
-    print(f"\na promotion took {took_s[0]:.1f} s, a rollback {took_s[1]:.1f} s, the promotion again {took_s[2]:.1f} s")
-    assert min(took_s[1:]) < 5  # both are warm; the bound itself is held on a clock of its own: test_canary.py
-    before = [shot for shot in shots if shot.done_s < swaps_s]
-    during = [shot for shot in shots if shot.done_s >= swaps_s]
-    for name, some in (("before", before), ("during swaps", during)):
-        assert len(some) > 20
-        p99_s, gap_s = latency_and_gap_s(some)
-        print(f"\n{name}: {len(some)} answers, p99 {1e3 * p99_s:.0f} ms, longest gap {1e3 * gap_s:.0f} ms")
-        assert gap_s < 10  # a replica that restarts takes as long; the figures are for people
+
+    def swap(new: Version) -> bool:
+        took_s: list[float] = []
+        with open_loop(served, [photo(90, 70)], 20.0) as shots:
+            time.sleep(1.0)
+            shots.clear()  # of the time in which connections are made
+            time.sleep(6.0)
+            swap_s = time.monotonic()
+            for version in (new, old, new, old):  # promotions and rollbacks
+                served.promote(version)
+                took_s.append(until(lambda digest=version.digest: shots[-1].digest == digest))  # type: ignore[misc]
+                time.sleep(0.5)
+        pictures = {(shot.digest, shot.content) for shot in shots}
+        assert len(pictures) == 2  # one picture per version, whenever it was asked for
+        assert {digest for digest, _ in pictures} == {old.digest, new.digest}
+        print("\nmoved within", ", ".join(f"{s:.1f} s" for s in took_s))
+        assert min(took_s[1:]) < 5  # both are warm; the bound itself is held on a clock of its own: test_canary.py
+        return is_smooth(shots, swap_s)
+
+    assert any(swap(served.publish(seed)) for seed in (10, 11, 12))  # each is new: engines load it under the load
 
 
 @pytest.mark.ray
-def test_a_corrupt_artifact_is_refused_while_the_old_version_serves(served: Served) -> None:
-    good = served.versions[1]
-    served.promote(good)
-    served.wait_for(good.digest)
-    bad = served.publish(2)
-    model = Path(bad.uri.removeprefix("file://")) / "model.onnx"
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["local"], indirect=True)
+def test_a_redeployed_gateway_is_not_smooth(served: Served) -> None:
+    """The control of the one above."""
+    served.promote(served.versions[0])
+    served.wait_for(served.versions[0].digest)
+    with open_loop(served, [photo(90, 70)], 20.0) as shots:
+        time.sleep(6.0)
+        swap_s = time.monotonic()
+        served.deploy(Gateway={"ray_actor_options": {"num_cpus": 0.9}})
+        until(lambda: replicas("Gateway") == {"RUNNING": 1})
+        count = len(shots)
+        until(lambda: len(shots) > count + 50)
+    assert not is_smooth(shots, swap_s)
+    served.deploy()
+    until(lambda: replicas("Gateway") == {"RUNNING": 1} and answers(served.url))
+
+
+def flipped_bit(served: Served) -> Version:
+    """A version that was damaged in its store."""
+    version = served.publish(2)
+    model = Path(version.uri.removeprefix("file://")) / "model.onnx"
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)
+    return version
+
+
+def wrong_golden(served: Served) -> Version:
+    """A version whose golden output is another model's; its digest is right."""
+    artifact, other = (served.folder / name for name in ("artifact-wrong", "artifact-other"))
+    small["write"](artifact, 5)
+    small["write"](other, 6)
+    shutil.copy(other / "golden.npz", artifact / "golden.npz")
+    return served.registry.publish("photos", artifact)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("damaged", "why"), [(flipped_bit, "digest of"), (wrong_golden, "of golden.npz")])
+def test_a_corrupt_artifact_is_refused_while_the_old_version_serves(
+    served: Served, damaged: Callable[[Served], Version], why: str
+) -> None:
+    good = served.versions[1]
+    served.promote(good)
+    served.wait_for(good.digest)
+    bad = damaged(served)
     served.promote(bad)
 
     def held() -> str:
         found: dict[str, str] = httpx.get(f"{served.url}/v1/models").json()["held"]
         return found.get("photos@champion", "")
 
-    until(lambda: "is refused" in held())
-    assert bad.digest in held()
+    until(lambda: f"{bad} is refused: " in held())
+    assert why in held()
     assert served.upscale(photo(16, 16)).headers["x-rayscale-digest"] == good.digest
     served.promote(served.versions[0])  # the way out: move the alias on
     served.wait_for(served.versions[0].digest)
