@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, TextIO
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TextIO
+
+from rayscale.errors import ConfigError
 
 log = logging.getLogger("rayscale")
+
+
+class Asked(NamedTuple):
+    """Which request something is done for."""
+
+    request_id: str = ""
+    trace_id: str = ""  # W3C's, of its `traceparent`
+
+    def fields(self) -> dict[str, str]:
+        return {name: value for name, value in self._asdict().items() if value}
+
+
+NOBODY = Asked()
+ASKED = ContextVar("ASKED", default=NOBODY)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -24,12 +43,53 @@ class _Stderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class Text(logging.Formatter):
+    """Time, level, text."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def event(self, message: str, fields: Mapping[str, Any]) -> str:
+        """One line of level INFO, past `logging`: for what happens some hundred times a second."""
+        facts = " ".join(f"{name}={value}" for name, value in fields.items())
+        return f"{time.strftime('%H:%M:%S')} INFO    {message} {facts}\n"
+
+
+class Json(logging.Formatter):
+    """An object a line: time (UTC), level, message, which request it was for, and an event's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = dict(ASKED.get().fields())
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return self._line(record.created, record.levelname, record.getMessage(), fields)
+
+    def event(self, message: str, fields: Mapping[str, Any]) -> str:
+        """As `Text.event`."""
+        return self._line(time.time(), "INFO", message, fields) + "\n"
+
+    def _line(self, created: float, level: str, message: str, fields: Mapping[str, Any]) -> str:
+        when = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": when, "level": level, "message": message, **fields}, default=str)
+
+
+_FORMATS: dict[str, type[Text] | type[Json]] = {"text": Text, "json": Json}
+
+
+def log_format() -> Text | Json:
+    """By `RAYSCALE_LOG_FORMAT`: text or json. Raises: ConfigError."""
+    name = os.environ.get("RAYSCALE_LOG_FORMAT", "text")
+    if name not in _FORMATS:
+        raise ConfigError("RAYSCALE_LOG_FORMAT", name, "is no format of log lines", f"one of {', '.join(_FORMATS)}")
+    return _FORMATS[name]()
+
+
 def setup_logging() -> None:
-    """One line per record on standard error: time, level, text. `RAYSCALE_LOG` sets the level (INFO)."""
+    """Records go to standard error. `RAYSCALE_LOG` sets the level (INFO), `RAYSCALE_LOG_FORMAT` the form (text)."""
     if log.handlers:
         return
     handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(log_format())
     log.addHandler(handler)
     log.setLevel(os.environ.get("RAYSCALE_LOG", "INFO").upper())
     log.propagate = False
@@ -53,7 +113,10 @@ METRICS = {
         Metric("rayscale_requests_total", "counter", ("route", "model", "status"), "Finished HTTP requests"),
         Metric("rayscale_request_seconds", "histogram", ("route", "model"), "Time from first byte to answer"),
         Metric("rayscale_queue_seconds", "histogram", ("model",), "Time a request's tiles waited for their device"),
-        Metric("rayscale_tiles_total", "counter", ("model",), "Tiles run by the engine"),
+        Metric("rayscale_tiles_total", "counter", ("model",), "Tiles and samples run by an engine"),
+        Metric(
+            "rayscale_batches_total", "counter", ("model", "provider", "items"), "Its runs, by how many were in one"
+        ),
         Metric("rayscale_model_swaps_total", "counter", ("model", "result"), "Versions prepared, or refused"),
         Metric("rayscale_rollbacks_total", "counter", ("model", "of"), "Champions and canaries taken back by serving"),
     )

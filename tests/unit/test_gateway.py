@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import json
+import logging
 import re
 import runpy
 import struct
@@ -12,10 +15,12 @@ import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -24,10 +29,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from rayscale import imaging
-from rayscale.errors import IntegrityError
+from rayscale.errors import ConfigError, IntegrityError
 from rayscale.imaging import Limits
+from rayscale.observe import Json, log
+from rayscale.serve import access
+from rayscale.serve.access import AccessLog
 from rayscale.serve.admission import CodecShare
 from rayscale.serve.answers import Format, negotiate
+from rayscale.serve.api import create_app
 from rayscale.serve.table import Release, Table
 
 small = runpy.run_path(str(Path(__file__).parents[1] / "small_onnx.py"))
@@ -301,10 +310,10 @@ def test_codecs_can_be_where_a_request_would_wait(service: Service) -> None:
     pixels = 200 * 300 * 5  # read, and four times as many written
     assert load.cost_s(pixels) == pytest.approx((spans["decode"] + spans["encode"]) / 1e3, abs=2e-4)
     assert (load.codec_s, load.engine_s) == ({}, {})  # it is done
-    others = [CodecShare(load) for _ in range(3)]
+    others, minute = [CodecShare(load) for _ in range(3)], round(60.0 / load.cost_s(1))
     for other in others:
-        other.enter(10**9, 0.0)
-    assert load.backlog_s() == pytest.approx(3 * load.cost_s(10**9) / 2)  # two threads
+        other.enter(minute, 0.0)
+    assert load.backlog_s() == pytest.approx(90.0, rel=1e-3)  # two threads
     is_problem(service.upscale(whole), 503, "codecs=backlog", "try again later")
     assert service.upscale(png(photo(20, 20))).status_code == 200  # a small picture has a thread of its own
     for other in others:
@@ -452,7 +461,101 @@ def test_requests_are_counted_by_route_model_and_status(service: Service) -> Non
         {"route": "/v1/upscale", "model": "photos", "status": "415"},
         {"route": "(none)", "model": "", "status": "404"},
     ]
-    assert ("rayscale_tiles_total", 9, {"model": "photos"}) in service.meters.seen
+    batches = service.engine.take_batches()
+    assert batches == {(service.release.digest, "CPUExecutionProvider", 1): 9}  # `follower.py` counts them
+    assert not service.engine.take_batches()
+
+
+def lines_of(service: Service, monkeypatch: pytest.MonkeyPatch, form: str, flush_s: float) -> list[str]:
+    """What the access log says of an answer, a refusal, a classical method and a look at health."""
+    monkeypatch.setenv("RAYSCALE_LOG_FORMAT", form)
+    monkeypatch.setattr(access, "FLUSH_S", flush_s)
+    written: list[str] = []
+    service.gateway.access = AccessLog(written.append)
+    app = create_app(service.gateway)
+
+    async def main() -> None:
+        trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "X-Request-Id": "abc"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            assert (await client.post("/v1/upscale", content=png(photo()), headers=trace)).status_code == 200
+            await client.post("/v1/upscale", content=b"x", headers={"traceparent": "00-zz-1-01", "X-Request-Id": "d"})
+            await client.post("/v1/upscale?method=bicubic", content=png(photo()), headers={"X-Request-Id": "e"})
+            await client.get("/readyz")
+        if flush_s > 1:  # all of them together
+            assert not written
+            service.gateway.access.flush()
+            assert len(written) == 1
+        async with asyncio.timeout(10):
+            while "".join(written).count("\n") < 3:
+                await asyncio.sleep(0.01)
+
+    with caught_log():
+        asyncio.run(main())
+    return "".join(written).splitlines()
+
+
+@contextlib.contextmanager
+def caught_log() -> Iterator[None]:
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield
+    log.setLevel(before)
+
+
+def test_every_request_is_a_line_of_the_access_log(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, refused, method = [json.loads(line) for line in lines_of(service, monkeypatch, "json", 60.0)]
+    assert datetime.fromisoformat(answered.pop("time")).tzinfo is not None
+    assert answered.pop("ms") > 0
+    assert re.fullmatch(
+        r"decode;dur=[\d.]+, queue;dur=[\d.]+, infer;dur=[\d.]+, encode;dur=[\d.]+", answered.pop("timing")
+    )
+    assert answered == {
+        "level": "INFO", "message": "POST /v1/upscale", "status": 200, "model": "photos:3", "request_id": "abc",
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
+    }  # fmt: skip
+    assert (refused["status"], refused["request_id"], "trace_id" in refused) == (415, "d", False)
+    assert (method["status"], method["model"]) == (200, "classical:bicubic")
+
+
+def test_the_access_log_can_be_text(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, *_ = lines_of(service, monkeypatch, "text", 0.01)
+    assert re.match(
+        r"\d\d:\d\d:\d\d INFO    POST /v1/upscale status=200 ms=[\d.]+ model=photos:3 timing=decode", answered
+    )
+    assert answered.endswith("request_id=abc trace_id=0af7651916cd43dd8448eb211c80319c")
+
+
+def test_where_the_log_is_quiet_so_is_the_access_log(service: Service) -> None:
+    written: list[str] = []
+    service.gateway.access = AccessLog(written.append)
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        service.app = create_app(service.gateway)
+        service.upscale(png(photo()))
+    finally:
+        log.setLevel(before)
+    service.gateway.access.flush()
+    assert not written
+
+
+def test_what_is_logged_on_the_way_names_its_request(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def broken(*args: object, **kwargs: object) -> None:
+        told.append(Json().format(logging.makeLogRecord({"msg": "here", "levelname": "INFO"})))
+        raise KeyError
+
+    monkeypatch.setattr(service.gateway, "resolve", broken)
+    service.upscale(png(photo()), **{"X-Request-Id": "abc"})
+    assert json.loads(told[0])["request_id"] == "abc"
+    assert "request_id" not in Json().format(logging.makeLogRecord({"msg": "elsewhere", "levelname": "INFO"}))
+
+
+def test_a_format_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSCALE_LOG_FORMAT", "yaml")
+    with pytest.raises(ConfigError, match="RAYSCALE_LOG_FORMAT=yaml: is no format of log lines; one of text, json"):
+        AccessLog()
 
 
 def test_a_client_that_hangs_up_stops_its_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

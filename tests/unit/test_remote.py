@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rayscale.contract import ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, IntegrityError, UnavailableError
+from rayscale.observe import ASKED, Asked
 from rayscale.serve import remote
 from rayscale.serve.batching import Timing
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, Runner, plan
@@ -295,6 +296,21 @@ def test_an_answer_to_something_else_is_seen(start: Start, change: dict[str, obj
     line.remote._carry = carry
     with pytest.raises(IntegrityError, match="must be the answer to"):
         asyncio.run(upscale(line.remote, picture(20, 20)))
+
+
+def test_an_engine_knows_whom_it_works_for(start: Start) -> None:
+    line, seen = start(), list[Asked]()
+    line.fails = lambda chunk, engine: seen.append(chunk.asked)
+
+    async def main() -> Asked:
+        ASKED.set(Asked("abc", "trace"))
+        await upscale(line.remote, picture(20, 20))
+        ASKED.set(Asked("another"))
+        await remote.answer(line.engines[0], "e", line.chunks[0])
+        return ASKED.get()
+
+    assert asyncio.run(main()) == Asked("abc", "trace")  # what the engine logs from there
+    assert seen == [Asked("abc", "trace")]
 
 
 def test_cancelling_reaches_the_engine(start: Start) -> None:

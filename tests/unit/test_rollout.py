@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import runpy
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -362,6 +363,11 @@ class FakeEngine:
     def __init__(self) -> None:
         self.loaded: set[str] = set()
         self.broken: dict[str, Exception] = {}
+        self.batches: Counter[tuple[str, str, int]] = Counter()
+
+    def take_batches(self) -> Counter[tuple[str, str, int]]:
+        taken, self.batches = self.batches, Counter()
+        return taken
 
     @property
     def digests(self) -> frozenset[str]:
@@ -390,9 +396,11 @@ class FakeEngine:
 class FakeMeters:
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, str]]] = []
+        self.values: list[tuple[str, float]] = []
 
     def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
         self.seen.append((name, labels))
+        self.values.append((name, value))
 
 
 class Replica:
@@ -436,6 +444,22 @@ def test_a_replica_is_ready_once_it_has_prepared_its_table(tmp_path: Path) -> No
         assert replica.follower.reason == ""
         assert replica.follower.table.pick(ROUTE, 0.0) == ONE
         assert ("rayscale_model_swaps_total", {"model": "photos", "result": "prepared"}) in replica.meters.seen
+
+    asyncio.run(main())
+
+
+def test_what_an_engine_ran_is_counted_by_model_and_size_of_batch(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        await replica.steps()
+        replica.engine.batches.update({(ONE.digest, "Fake", 1): 5, (ONE.digest, "Fake", 4): 2})
+        await replica.steps(2)  # told once
+        counted = [(name, value) for name, value in replica.meters.values if name != "rayscale_model_swaps_total"]
+        batches, tiles = "rayscale_batches_total", "rayscale_tiles_total"
+        assert counted == [(batches, 5), (tiles, 5), (batches, 2), (tiles, 8)]
+        assert (batches, {"model": "photos", "provider": "Fake", "items": "4"}) in replica.meters.seen
 
     asyncio.run(main())
 

@@ -99,4 +99,5 @@ async def respond(gateway: Gateway, request: Request, work: Work, *, max_bytes: 
         return Response(status_code=problems.CLIENT_GONE)
     finally:
         held.bytes -= len(body.data)
+    request.scope["rayscale.timing"] = answer.headers.get("Server-Timing")
     return Response(answer.body, media_type=answer.media_type, headers={**answer.headers, "Vary": "Accept"})

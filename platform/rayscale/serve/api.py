@@ -36,7 +36,7 @@ def create_app(gateway: Gateway, lifespan: Lifespan | None = None, *, behind_ray
         inner: ASGIApp = Lane(stack(), routers, app.exception_handlers)
         if keys:
             inner = Guard(inner, keys)  # within what follows: a refusal is a problem, and counted
-        return Envelope(inner, gateway.meters, behind_ray)
+        return Envelope(inner, gateway.meters, gateway.access, behind_ray)
 
     app.build_middleware_stack = around  # type: ignore[method-assign]  # `add_middleware` goes within Starlette's own
     pages_of_it = app.router.routes.copy()

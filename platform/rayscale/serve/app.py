@@ -289,7 +289,11 @@ EngineDeployment = serve.deployment(
 # Who is refused, and when it may come back, the gateway decides; Ray knows neither cost nor deadline. Its own limits
 # are for what no gateway can hold: more connections than these, refused in plain text.
 GatewayDeployment = serve.deployment(
-    name="Gateway", max_ongoing_requests=1000, max_queued_requests=1000, backpressure_config={"retry_after_s": 5}
+    name="Gateway",
+    max_ongoing_requests=1000,
+    max_queued_requests=1000,
+    backpressure_config={"retry_after_s": 5},
+    logging_config={"enable_access_log": False},  # ours says more
 )(serve.ingress()(GatewayReplica))
 
 

@@ -13,6 +13,7 @@ import functools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -216,6 +217,7 @@ class Engine:
         self._taken = False  # somebody runs a batch: the device's thread, or who found the device free
         self._busy_until = 0.0
         self._outcomes: dict[str, Outcome] = {}
+        self._batches: Counter[tuple[str, str, int]] = Counter()
         self._running: tuple[list[Item], Abort] | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -241,6 +243,11 @@ class Engine:
     def outcomes(self) -> dict[str, Outcome]:
         """Digest -> how its requests' work has ended so far."""
         return self._outcomes.copy()
+
+    def take_batches(self) -> Counter[tuple[str, str, int]]:
+        """How many runs there were of (digest, provider, items in one) since this was asked last."""
+        taken, self._batches = self._batches, Counter()
+        return taken
 
     def _count(self, job: Job, *, ok: bool) -> None:
         done = self._outcomes.get(digest := job.model.session.digest, Outcome())
@@ -453,7 +460,8 @@ class Engine:
             return
         finally:
             self._running = None
-        now = time.monotonic()
+        now, session = time.monotonic(), batch[0][0].model.session
+        self._batches[session.digest, session.provider, len(batch)] += 1
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
         alone = len({job.owner or id(job) for job, _ in batch}) == 1

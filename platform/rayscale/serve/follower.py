@@ -141,8 +141,13 @@ class EngineFollower(Follower):
         self._loader, self._fetch, self._executor, self._meters = engine, fetch, executor, meters
         self._retry: dict[str, tuple[float, float]] = {}  # digest -> (not before, last delay)
         self._preparing: asyncio.Task[None] | None = None
+        self._names: dict[str, str] = {}  # of models, by digest
 
     def report(self) -> Report:
+        for (digest, provider, items), runs in self._loader.take_batches().items():
+            model = self._names.get(digest, "")
+            self._meters.add("rayscale_batches_total", runs, model=model, provider=provider, items=str(items))
+            self._meters.add("rayscale_tiles_total", runs * items, model=model)
         return Report(
             replica=self._replica,
             ready=not self.reason,
@@ -155,6 +160,7 @@ class EngineFollower(Follower):
 
     def obey(self, orders: Orders) -> None:
         """One at a time: loading is heavy, and requests are being answered beside it."""
+        self._names |= {release.digest: release.name for release in orders.prepare}
         if self._preparing is not None and not self._preparing.done():
             return
         self._retry = {digest: retry for digest, retry in self._retry.items() if digest in self._failed}

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from rayscale.contract import ModelCard, Spec
 from rayscale.errors import ConfigError, MissingError, TooLargeError, UnavailableError, nearest
 from rayscale.imaging import Limits
+from rayscale.serve.access import AccessLog
 from rayscale.serve.admission import Admission, CodecLoad
 from rayscale.serve.batching import Timing
 from rayscale.serve.body import Held
@@ -83,6 +84,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
+        self.access = AccessLog()
         self.held = Held(settings.max_held_bytes, engine.backlog_s)
         self._codecs = Threads(settings.codec_threads, "codec")
         self.codec_load = CodecLoad(settings.codec_threads)
@@ -92,6 +94,7 @@ class Gateway:
         self._defaults: tuple[Table, dict[tuple[object, ...], str]] = Table(), {}  # found so far, in this table
 
     def close(self) -> None:
+        self.access.flush()
         self.engine.close()
         self._filters.close()
         for pool in (self._quick, self._codecs):

@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayscale.errors import RayscaleError, UnavailableError, UserError
-from rayscale.observe import log
+from rayscale.observe import ASKED, log
+from rayscale.serve.access import AccessLog, asked
 from rayscale.serve.lean import header
 from rayscale.serve.meters import Meters
 
@@ -125,14 +126,14 @@ def _internal(request: Request, error: Exception) -> Response:
 
 
 class Envelope:
-    """Around every request, errors included: the request id in and out, the status and the time into the metrics.
+    """Around every request, errors included: the request id in and out, status and time into metrics and access log.
 
     `behind_ray`: Ray Serve names requests itself, in the request's header and in the answer's, and cancels those whose
     clients hang up.
     """
 
-    def __init__(self, app: ASGIApp, meters: Meters, behind_ray: bool) -> None:
-        self.app, self.meters, self.behind_ray = app, meters, behind_ray
+    def __init__(self, app: ASGIApp, meters: Meters, access: AccessLog, behind_ray: bool) -> None:
+        self.app, self.meters, self.access, self.behind_ray = app, meters, access, behind_ray
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,6 +142,8 @@ class Envelope:
         given = header(scope, b"x-request-id")
         request_id = given if self.behind_ray or _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         scope["rayscale.request_id"], scope[WATCHED] = request_id, self.behind_ray
+        about = asked(scope, request_id)
+        ASKED.set(about)
         started, status, complete = time.monotonic(), CLIENT_GONE, False
 
         async def send_named(message: Message) -> None:
@@ -161,10 +164,12 @@ class Envelope:
             elif not complete:  # half of the answer is out; one that says what failed is raised once more
                 raise
         finally:
-            route = getattr(scope.get("route"), "path", "(none)")
-            model = scope.get("rayscale.model", "")
+            seconds, route = time.monotonic() - started, getattr(scope.get("route"), "path", "(none)")
+            release = scope.get("rayscale.release", "")
+            model = str(getattr(release, "name", release))
             self.meters.add("rayscale_requests_total", route=route, model=model, status=str(status))
-            self.meters.add("rayscale_request_seconds", time.monotonic() - started, route=route, model=model)
+            self.meters.add("rayscale_request_seconds", seconds, route=route, model=model)
+            self.access.add(scope, route, status, seconds, about)
 
 
 _EXAMPLES = {  # status -> type, detail, field

@@ -19,7 +19,7 @@ import numpy as np
 
 from rayscale import artifact
 from rayscale.errors import IntegrityError, RayscaleError, UnavailableError
-from rayscale.observe import log
+from rayscale.observe import ASKED, Asked, log
 from rayscale.serve.batching import F32, U8, Known, Outcome, Place, Timing, too_late, units
 from rayscale.serve.calls import each
 from rayscale.serve.course import Begin, Look, T, Then, Tiled
@@ -39,6 +39,7 @@ class Chunk:
     index: int
     digest: str
     left_s: float  # until the deadline: clocks of two machines differ
+    asked: Asked = Asked()  # whom an engine's log names
     body: U8 | Mapping[str, F32]  # tiles u8[k, h, w, c], or the inputs of one call
 
 
@@ -75,6 +76,7 @@ Carry = Callable[[Chunk], Awaitable[Reply]]
 
 async def answer(engine: Engine, name: str, chunk: Chunk) -> Reply:
     """An engine's end. Cancelling it drops what has not started. Raises: what is nobody's fault but ours."""
+    ASKED.set(chunk.asked)
     deadline = time.monotonic() + chunk.left_s
     body: U8 | Mapping[str, F32] | RayscaleError
     timing, provider = Timing(0.0, 0.0), ""
@@ -275,7 +277,7 @@ class RemoteEngine:
                 raise too_late()
             try:
                 async with asyncio.timeout(left_s):
-                    reply = await self._carry(replace(chunk, left_s=left_s))
+                    reply = await self._carry(replace(chunk, left_s=left_s, asked=ASKED.get()))
             except TimeoutError:
                 raise too_late() from None
             except LostError as lost:

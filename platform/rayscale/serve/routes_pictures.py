@@ -83,13 +83,13 @@ def routes(gateway: Gateway) -> APIRouter:
             if query.model:
                 raise ConfigError("method", query.method, "stands in for a model", "leave out one of them")
             gateway.check_ready()
-            request.scope["rayscale.model"] = f"classical:{query.method}"
+            request.scope["rayscale.release"] = f"classical:{query.method}"
             factor = 1 if role == "restore" else scale or 2
             return await respond(
                 gateway, request, lambda body: by_method(gateway, body, query.method or "", role, factor, finish)
             )
         release = gateway.resolve(query.model, role, scale, who=who_asks(request.scope))
-        request.scope["rayscale.model"] = release.name
+        request.scope["rayscale.release"] = release
         return await respond(gateway, request, lambda body: by_model(gateway, body, release, role, finish))
 
     @router.post(
@@ -153,7 +153,7 @@ def routes(gateway: Gateway) -> APIRouter:
             ask = _asked(body)
             check(gateway, ask, form)
             release = gateway.resolve(ask.model, "generate", who=who_asks(request.scope))
-            request.scope["rayscale.model"] = release.name
+            request.scope["rayscale.release"] = release
             return await generate(gateway, ask, release, form)
 
         return await respond(gateway, request, work, max_bytes=SETTINGS_BYTES)

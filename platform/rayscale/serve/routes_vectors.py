@@ -111,7 +111,7 @@ def routes(gateway: Gateway) -> APIRouter:
     )
     async def embedded(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
         release = gateway.resolve(query.model, "embed", who=who_asks(request.scope))
-        request.scope["rayscale.model"] = release.name
+        request.scope["rayscale.release"] = release
         return await respond(gateway, request, lambda body: embed(gateway, body, release, query.side_px))
 
     @router.post(
@@ -137,7 +137,7 @@ def routes(gateway: Gateway) -> APIRouter:
         if release is None and query.side_px:
             raise ConfigError("side_px", query.side_px, "has no effect without a model that embeds", "leave it out")
         if release is not None:
-            request.scope["rayscale.model"] = release.name
+            request.scope["rayscale.release"] = release
         return await respond(gateway, request, lambda body: similarity(gateway, body, release, wanted, query.side_px))
 
     return router

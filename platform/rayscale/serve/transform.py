@@ -66,7 +66,6 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
         share.end()
     if codec_px:
         gateway.codec_load.learn(codec_px, spans["decode"] + spans["encode"])
-    gateway.meters.add("rayscale_tiles_total", len(work.plan.tiles), model=release.name)
     gateway.meters.add("rayscale_queue_seconds", spans["queue"], model=release.name)
     headers = {
         **answer.headers,
