@@ -911,13 +911,15 @@ class Shelved:
     def __init__(self, folder: Path, sizes: dict[str, int], memory_mb: int) -> None:
         self.loads: list[str] = []
         self.folder = folder
-        for digest, size in sizes.items():
-            (folder / digest).mkdir()
-            with (folder / digest / "model.onnx").open("wb") as file:
-                file.truncate(size << 20)
         self.engine = Engine(EngineSettings(memory_bytes=memory_mb << 20), load=self.load)
-        for digest in sizes:
-            self.engine.prepare(digest, folder / digest)
+        for digest, size in sizes.items():
+            self.add(digest, size)
+
+    def add(self, digest: str, size: int) -> None:
+        (self.folder / digest).mkdir(parents=True)
+        with (self.folder / digest / "model.onnx").open("wb") as file:
+            file.truncate(size << 20)
+        self.engine.prepare(digest, self.folder / digest)
 
     def load(self, folder: Path, digest: str) -> LinearSession:
         if not folder.exists():
@@ -957,6 +959,44 @@ def test_models_beyond_the_budget_are_loaded_when_they_are_asked_for(tmp_path: P
 
     asyncio.run(main())
     engine.close()
+
+
+def loads_of_two_swaps(folder: Path, memory_mb: int) -> list[str]:
+    """What is loaded when, while a champion of 40 MB is followed by two others, and the last is rolled back."""
+    shelved = Shelved(folder, {"v1": 40}, memory_mb)
+
+    async def main() -> None:
+        await shelved.call("v1")
+        for old, new in (("v1", "v2"), ("v2", "v3")):
+            shelved.add(new, 40)
+            await shelved.call(old)  # while others still prepare it
+            await shelved.call(new)
+        await shelved.call("v2")
+
+    asyncio.run(main())
+    shelved.engine.close()
+    return shelved.loads
+
+
+def test_with_room_for_one_swap_neither_the_champion_nor_the_version_before_is_loaded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert loads_of_two_swaps(tmp_path / "room", 100) == ["v1", "v2", "v3"]
+    assert "model v2 leaves" not in caplog.text
+    assert loads_of_two_swaps(tmp_path / "none", 60) == ["v1", "v2", "v1", "v2", "v3", "v2", "v3", "v2"]  # control
+    said = "engines.memory_mb=60: 80 MB are wanted at once, model v2 leaves memory 0 s after it was asked for; raise it"
+    assert said in caplog.text
+
+
+def test_a_model_beyond_the_budget_serves_alone_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shelved = Shelved(tmp_path, {"small": 40, "large": 140}, memory_mb=100)
+    assert (
+        "engines.memory_mb=100: model large alone takes 140 MB, so it is in memory by itself; raise it" in caplog.text
+    )
+    for digest in ("large", "large", "small", "large"):
+        asyncio.run(shelved.call(digest))
+    assert shelved.loads == ["small", "large", "small", "large"]
+    shelved.engine.close()
 
 
 def test_without_a_budget_everything_stays(tmp_path: Path) -> None:

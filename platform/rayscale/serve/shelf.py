@@ -1,12 +1,15 @@
 """Which models are in memory: all that were prepared, or, within a budget, those that were asked for last.
 
 What a model takes is measured while it loads. One that had to go stays prepared (it was verified here, and its files
-are) and is loaded again when it is asked for; its price and card stay known.
+are) and is loaded again when it is asked for; its price and card stay known. A budget with room for one swap keeps
+the version before beside a new one; what a smaller one costs is said aloud.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,8 @@ from pathlib import Path
 from rayscale.errors import UnavailableError
 from rayscale.observe import log
 from rayscale.serve.batching import Known, Model
+
+RECENT_S = 60.0  # what is wanted again within this should not have had to leave
 
 
 @dataclass(eq=False)
@@ -24,6 +29,7 @@ class _Place:
     known: Known
     bytes: int
     model: Model | None
+    asked: float = -math.inf  # when, last
 
 
 class Shelf:
@@ -50,6 +56,7 @@ class Shelf:
         with self._lock:
             place = self._place(digest)
             self._places[digest] = self._places.pop(digest)
+            place.asked = time.monotonic()
             return place.model
 
     def fetch(self, digest: str) -> Model:
@@ -90,7 +97,11 @@ class Shelf:
         model = self._load(folder, digest)
         taken = max(_resident_bytes() - before, sum(f.stat().st_size for f in folder.glob("*.onnx")))
         with self._lock:
-            self._places[digest] = _Place(folder, model.known, taken, model)
+            asked = place.asked if (place := self._places.get(digest)) else -math.inf
+            self._places[digest] = _Place(folder, model.known, taken, model, asked)
+        if self._budget and taken > self._budget:
+            log.warning("engines.memory_mb=%d: model %s alone takes %d MB, so it is in memory by itself; raise it",
+                        self._budget >> 20, digest[:12], taken >> 20)  # fmt: skip
         self._make_room(0, keep=digest)
         return model
 
@@ -104,11 +115,18 @@ class Shelf:
                 if used <= self._budget:
                     break
                 if place.model is not None and digest != keep:
-                    log.info(
-                        "model %s leaves memory: %d of %d MB are taken", digest[:12], used >> 20, self._budget >> 20
-                    )
+                    self._say_leaving(digest, place, used)
                     place.model = None
                     used -= place.bytes
+
+    def _say_leaving(self, digest: str, place: _Place, used: int) -> None:
+        since_s, budget_mb = time.monotonic() - place.asked, self._budget >> 20
+        if since_s > RECENT_S:
+            log.info("model %s leaves memory: %d of %d MB are taken", digest[:12], used >> 20, budget_mb)
+        else:
+            log.warning("engines.memory_mb=%d: %d MB are wanted at once, model %s leaves memory %.0f s after it was "
+                        "asked for; raise it, or put models in a pool",
+                        budget_mb, used >> 20, digest[:12], since_s)  # fmt: skip
 
 
 def _resident_bytes() -> int:
