@@ -58,7 +58,8 @@ assert not any(name.startswith("rayscale") for name in sys.modules)
 def test_every_config_is_one_that_serve_takes(path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from rayscale.serve.app import AppArgs, EngineDeployment, GatewayDeployment, RolloutDeployment
+    from rayscale.serve.app import AppArgs, GatewayDeployment, RolloutDeployment
+    from rayscale.serve.pools import deployment_of
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     for application in config.applications:
@@ -66,9 +67,9 @@ def test_every_config_is_one_that_serve_takes(path: Path) -> None:
         args = AppArgs.model_validate(application.args)
         assert (args.poll_s, args.sync_s) == (1.0, 0.5)  # a rollback within 5 s: `tests/unit/test_canary.py`
         named = {d.name for d in application.deployments}
-        engines = {EngineDeployment.name} if args.engines.tiers == "two" else set()
+        engines = map(deployment_of, ("", *args.engines.pools) if args.engines.tiers == "two" else ())
         assert named == {GatewayDeployment.name, RolloutDeployment.name, *engines}
-        assert args.require_gate == (path.stem == "production")
+        assert args.require_gate == bool(args.engines.pools) == (path.stem == "production")
         for deployment in application.deployments:  # what is in flight may end
             assert deployment.name == "Rollout" or deployment.graceful_shutdown_timeout_s >= args.timeout_s
 
@@ -207,6 +208,17 @@ def open_loop(served: Served, pictures: list[U8], per_s: float) -> Iterator[list
             asked.result()  # none was lost on its way
 
 
+def add_rare_pool(application: dict[str, Any]) -> None:
+    """A pool that sleeps soon, and CPUs for all engines."""
+    application["args"]["engines"]["pools"] = {"rare": ["rare-*"]}
+    by_name = {d["name"]: d for d in application["deployments"]}
+    rare = copy.deepcopy(by_name["Engine"]) | {"name": "Engine-rare"}
+    rare["autoscaling_config"] |= {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 1}
+    application["deployments"].append(rare)
+    for deployment in (by_name["Gateway"], by_name["Engine"], rare):
+        deployment["ray_actor_options"] = {"num_cpus": 0.5}
+
+
 @pytest.fixture(scope="module", params=["local", pytest.param("staging", marks=pytest.mark.long)])
 def served(
     request: pytest.FixtureRequest, ray_cluster: str, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
@@ -219,7 +231,10 @@ def served(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    config = yaml.safe_load((ROOT / "serve_configs" / f"{request.param}.yaml").read_text())
+    file = "staging" if request.param == "two pools" else request.param
+    config = yaml.safe_load((ROOT / "serve_configs" / f"{file}.yaml").read_text())
+    if request.param == "two pools":
+        add_rare_pool(config["applications"][0])
     config["http_options"] |= {"port": port, "host": "127.0.0.1"}
     config["applications"][0]["args"] |= {
         "tracking_uri": tracking_uri,
@@ -718,3 +733,43 @@ def test_engines_drop_what_nobody_waits_for(served: Served) -> None:
     settled = busy_s()
     time.sleep(2.0)
     assert busy_s() - settled < 0.4
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("served", ["two pools"], indirect=True)
+def test_a_pool_sleeps_until_its_model_is_asked_for_and_outlives_the_other_one(served: Served) -> None:
+    def publish(seed: int) -> Version:
+        small["write"](served.folder / f"rare-{seed}", seed)
+        version = served.registry.publish("rare-x", served.folder / f"rare-{seed}")
+        served.registry.client.set_registered_model_alias("rare-x", "champion", str(version.version))
+        return version
+
+    def ask(model: str) -> tuple[int, str | None]:
+        url, content = f"{served.url}/v1/upscale?model={model}", png(photo(16, 16))
+        answer = httpx.post(url, content=content, timeout=90)
+        return answer.status_code, answer.headers.get("x-rayscale-digest")
+
+    def asleep() -> bool:
+        return not pids_of("Engine-rare")
+
+    common = 200, served.versions[0].digest
+    assert ask("photos") == common
+    until(asleep)
+    first = publish(7)
+    until(lambda: ask("rare-x") == (200, first.digest))  # it was woken to prepare it
+    until(asleep, 120)
+    others = pids_of("Engine")
+    began_s = time.monotonic()
+    assert ask("rare-x") == (200, first.digest)
+    print(f"\nan answer of a pool that slept took {time.monotonic() - began_s:.1f} s")
+    assert (len(pids_of("Engine-rare")), pids_of("Engine")) == (1, others)  # it was that pool that woke
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    assert ask("rare-x") == (200, first.digest)  # none of those had to answer
+    until(lambda: ask("photos") == common)
+    until(asleep, 120)
+    second = publish(8)
+    assert ask("photos") == common
+    until(lambda: ask("rare-x") == (200, second.digest))
+    until(asleep, 120)

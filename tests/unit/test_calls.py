@@ -27,6 +27,7 @@ from rayscale.serve.batching import CallJob, Known, Model, Queue, TileJob, stack
 from rayscale.serve.calls import Ask
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.gateway import Gateway, GatewaySettings
+from rayscale.serve.pools import PooledEngine
 from rayscale.serve.remote import CHUNK_BYTES, Chunk, RemoteEngine, Reply, answer
 from rayscale.serve.table import Release
 from rayscale.serve.vectors import grouped
@@ -486,7 +487,7 @@ def test_engines_elsewhere_batch_calls_of_all_gateways() -> None:
             z = np.full((2, 5), value + index, np.float32)
             np.testing.assert_array_equal((await ask({"z": z}))["out"], z + 1)
 
-        await calls.run(remote, "d", part, 6, in_ten_s())
+        await calls.run(PooledEngine({"": remote}), "d", part, 6, in_ten_s())
 
     async def main(engine: Engine) -> None:
         async def carry(chunk: Chunk) -> Reply:

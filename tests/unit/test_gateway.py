@@ -312,7 +312,7 @@ def test_codecs_can_be_where_a_request_would_wait(service: Service) -> None:
     assert (load.codec_s, load.engine_s) == ({}, {})  # it is done
     others, minute = [CodecShare(load) for _ in range(3)], round(60.0 / load.cost_s(1))
     for other in others:
-        other.enter(minute, 0.0)
+        other.enter(minute, service.engine, 0.0)
     assert load.backlog_s() == pytest.approx(90.0, rel=1e-3)  # two threads
     is_problem(service.upscale(whole), 503, "codecs=backlog", "try again later")
     assert service.upscale(png(photo(20, 20))).status_code == 200  # a small picture has a thread of its own
@@ -323,7 +323,7 @@ def test_codecs_can_be_where_a_request_would_wait(service: Service) -> None:
 
 def test_what_is_being_decoded_counts_as_the_engines(service: Service) -> None:
     share = CodecShare(service.gateway.codec_load)
-    share.enter(1, 75.4)
+    share.enter(1, service.engine, 75.4)
     is_problem(service.upscale(png(photo())), 503, "engine=backlog 75.4 s")
     share.decoded()
     assert service.upscale(png(photo())).status_code == 200
@@ -332,8 +332,8 @@ def test_what_is_being_decoded_counts_as_the_engines(service: Service) -> None:
 def test_a_thread_that_is_late_enters_nothing_for_a_request_that_is_over(service: Service) -> None:
     share = CodecShare(service.gateway.codec_load)
     share.end()
-    share.enter(100, 1.0)
-    assert service.gateway.codec_load.coming_s() == 0.0
+    share.enter(100, service.engine, 1.0)
+    assert service.gateway.codec_load.coming_s(service.engine) == 0.0
     assert not service.gateway.codec_load.codec_s
 
 

@@ -39,9 +39,12 @@ def ours() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def rays() -> set[str]:
-    """Those that this Ray's own dashboards show."""
-    folder = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards"
-    return {name for file in folder.glob("*_panels.py") for name in re.findall(r"\bray_\w+", file.read_text())}
+    """Those that this Ray's own dashboards show, and those of Serve's deployments."""
+    folder = Path(ray.__file__).parent
+    panels = (folder / "dashboard/modules/metrics/dashboards").glob("*_panels.py")
+    shown = {name for file in panels for name in re.findall(r"\bray_\w+", file.read_text())}
+    deployments = (folder / "serve/_private/deployment_state.py").read_text()
+    return shown | {f"ray_{name}" for name in re.findall(r'Gauge\(\s*"(serve_\w+)"', deployments)}
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -180,6 +183,7 @@ def _requests(status: str) -> str:
 
 SEEN = 'ray_rayscale_train_seen_images{run="r"}'
 ENGINES = 'ray_serve_deployment_replica_healthy{application="a", deployment="Engine"}'
+WANTED = 'ray_serve_autoscaling_target_replicas{application="a", deployment="Engine"}'
 REFUSED = 'ray_rayscale_model_swaps_total{model="m", result="refused"}'
 OK, FAILED, BUSY = _requests("200"), _requests("500"), _requests("503")
 ALARMS = {
@@ -193,6 +197,10 @@ ALARMS = {
     "a run that goes on": _alarm("RayscaleTrainingStalled", "50m", {SEEN: "0+64x60"}, False),
     "a run that has ended": _alarm("RayscaleTrainingStalled", "50m", {SEEN: "0+64x20 _x60"}, False),
     "no engine": _alarm("RayscaleNoReplica", "10m", {ENGINES: "2x3 0x10"}, True, application="a", deployment="Engine"),
+    "a pool that sleeps": _alarm("RayscaleNoReplica", "10m", {ENGINES: "1x3 0x10", WANTED: "1x3 0x10"}, False),
+    "a pool that does not wake": _alarm(
+        "RayscaleNoReplica", "10m", {ENGINES: "0x20", WANTED: "0x3 1x10"}, True, application="a", deployment="Engine"
+    ),
     "one engine of two": _alarm("RayscaleNoReplica", "10m", {ENGINES: "2x3 1x10"}, False),
     "a version refused again": _alarm("RayscaleVersionRefused", "10m", {REFUSED: "1x5 2x20"}, True, model="m"),
     "the first one": _alarm("RayscaleVersionRefused", "30m", {REFUSED: "_x25 1x30"}, True, model="m"),

@@ -21,6 +21,7 @@ from rayscale.serve import follower as follower_module
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.engine import Engine, EngineSettings
 from rayscale.serve.follower import EngineFollower, GatewayFollower, fetch
+from rayscale.serve.pools import Pool, PooledEngine
 from rayscale.serve.remote import Chunk, LostError, RemoteEngine, Reply
 from rayscale.serve.rollout import Canary, Desired, Orders, Report, Rollout, read_desired
 from rayscale.serve.table import Release, Table, read_table, write_table
@@ -123,8 +124,17 @@ def test_an_engine_that_cannot_load_what_is_served_holds_nothing_up() -> None:
     state.sync(report("b", ready=False, failed={ONE.digest: "CUDA did not start"}), 1.0)
     state.sync(report("a", ONE, TWO), 1.0)
     assert state.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
-    orders = state.sync(report("gateway", runs=False), 1.0)
-    assert (orders.num_engines, orders.failed) == (1, {})
+    pool = state.sync(report("gateway", runs=False), 1.0).pools[""]
+    assert (pool.num_engines, pool.failed) == (1, {})
+
+
+def test_engines_of_another_pool_are_no_reason_to_stay_out() -> None:
+    state = Rollout(now=0.0, pools={"rare": ("faces",)})
+    assert not state.sync(report("e", pool="rare", ready=False), 0.0).others
+    state.sync(report("a", ready=True), 0.0)
+    assert not state.sync(report("e", pool="rare", ready=False), 0.0).others
+    state.sync(report("f", pool="rare", ready=True), 0.0)
+    assert state.sync(report("e", pool="rare", ready=False), 0.0).others
 
 
 def test_while_no_engine_is_ready_all_of_them_are_waited_for() -> None:
@@ -196,6 +206,12 @@ def engine(name: str, *prepared: Release, **more: Any) -> Report:
     return report(name, *prepared, known={r.digest: known(r.digest) for r in prepared}, **more)
 
 
+def engines_of(orders: Orders) -> Pool:
+    """What a gateway is told where there is one pool only."""
+    assert set(orders.pools) == {""}
+    return orders.pools[""]
+
+
 def gateway(*prepared: Release) -> Report:
     return report("gateway", *prepared, runs=False)
 
@@ -204,16 +220,16 @@ def test_a_gateway_learns_what_the_engines_have_and_the_table_waits_for_all_of_t
     state = Rollout(now=0.0)
     state.desire(desired(ONE), 0.0)
     orders = state.sync(gateway(), 0.0)
-    assert (orders.num_engines, orders.known, orders.table.routes) == (0, {}, {})
-    assert state.sync(engine("e1", ONE), 0.0).known == {}  # an engine has its own
+    assert (engines_of(orders).num_engines, engines_of(orders).known, orders.table.routes) == (0, {}, {})
+    assert state.sync(engine("e1", ONE), 0.0).pools == {}  # an engine has its own
     orders = state.sync(gateway(), 0.0)
-    assert orders.known == {ONE.digest: known(ONE.digest)}
+    assert engines_of(orders).known == {ONE.digest: known(ONE.digest)}
     assert state.sync(gateway(ONE), 0.0).table.routes == {ROUTE: ((ONE.digest, 1.0),)}
     state.desire(desired(TWO), 1.0)
     state.sync(engine("e2", ONE), 1.0)
     state.sync(engine("e1", ONE, TWO), 1.0)
     orders = state.sync(gateway(ONE, TWO), 1.0)
-    assert (orders.num_engines, set(orders.known)) == (2, {ONE.digest, TWO.digest})
+    assert (engines_of(orders).num_engines, set(engines_of(orders).known)) == (2, {ONE.digest, TWO.digest})
     assert orders.table.routes[ROUTE] == ((ONE.digest, 1.0),)  # e2 could not answer yet
     state.sync(engine("e2", ONE, TWO), 1.5)
     assert state.sync(gateway(ONE, TWO), 1.5).table.routes[ROUTE] == ((TWO.digest, 1.0),)
@@ -224,14 +240,14 @@ def test_sleeping_engines_are_known_and_failing_ones_are_named() -> None:
     state.desire(desired(ONE), 0.0)
     state.sync(engine("e1", ONE), 0.0)
     state.sync(gateway(ONE), 0.0)
-    asleep = state.sync(gateway(ONE), 9.0)
+    asleep = engines_of(state.sync(gateway(ONE), 9.0))
     assert (asleep.num_engines, set(asleep.known), asleep.failed) == (0, {ONE.digest}, {})
     why = "device=cuda: CUDA did not start"
     state.sync(engine("e2", failed={ONE.digest: why}), 9.0)
-    awake = state.sync(gateway(ONE), 9.0)
+    awake = engines_of(state.sync(gateway(ONE), 9.0))
     assert (awake.num_engines, awake.known, awake.failed) == (1, {}, {ONE.digest: why})
     state.sync(engine("e3", ONE), 9.0)
-    assert state.sync(gateway(ONE), 9.0).failed == {}  # one of them can
+    assert engines_of(state.sync(gateway(ONE), 9.0)).failed == {}  # one of them can
 
 
 # --- a version that fails is rolled back
@@ -615,7 +631,7 @@ def test_a_gateway_is_as_ready_as_its_engines_and_wakes_them() -> None:
             return state.sync(said, clock)
 
         clock, remote = 0.0, RemoteEngine(EngineSettings(), never, wake)
-        follower = GatewayFollower("gateway", remote, sync, grace_s=0.0)
+        follower = GatewayFollower("gateway", PooledEngine({"": remote}), sync, grace_s=0.0)
         state.desire(desired(ONE), 0.0)
         await follower.step()
         assert woken == 1  # no engine runs, and one is needed to prepare
@@ -645,7 +661,7 @@ def test_a_gateway_forgets_what_no_table_names_once_its_requests_are_over() -> N
         async def sync(said: Report) -> Orders:
             return state.sync(said, 0.0)
 
-        follower = GatewayFollower("gateway", remote, sync, grace_s=grace_s)
+        follower = GatewayFollower("gateway", PooledEngine({"": remote}), sync, grace_s=grace_s)
         for version in range(20):
             state.desire(desired(release(version)), 0.0)
             state.sync(engine("e1", *(release(v) for v in range(version + 1))), 0.0)
@@ -681,7 +697,7 @@ def test_a_gpu_that_was_asked_for_and_not_obtained_is_not_ready_and_says_why(tmp
         own = EngineFollower(
             "e", engine, sync, lambda r: tmp_path / "a", ThreadPoolExecutor(1), FakeMeters(), grace_s=0
         )
-        gateway = GatewayFollower("g", remote, sync, grace_s=0.0)
+        gateway = GatewayFollower("g", PooledEngine({"": remote}), sync, grace_s=0.0)
         try:
             await own.start(wait_s=0.3, interval_s=0.05)  # one tier: the gateway itself
             await gateway.step()  # two tiers: the gateway before it

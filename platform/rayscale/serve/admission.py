@@ -58,7 +58,7 @@ class CodecLoad:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.codec_s: dict[CodecShare, float] = {}  # of each from here to its end
-        self.engine_s: dict[CodecShare, float] = {}  # of each until its tiles are the engine's
+        self.engine_s: dict[CodecShare, tuple[object, float]] = {}  # of each until its tiles are its engines'
         self._seconds_per_px = 0.0  # measured while others decode and encode too, so a full machine shows
 
     def cost_s(self, pixels: int) -> float:
@@ -69,9 +69,9 @@ class CodecLoad:
         """Estimated seconds until a codec thread is free."""
         return sum(self.codec_s.copy().values()) / self.threads  # a copy: codec threads add to it
 
-    def coming_s(self) -> float:
-        """Estimated device time of what the engine does not know of yet."""
-        return sum(self.engine_s.copy().values())
+    def coming_s(self, crew: object) -> float:
+        """Estimated device time of what these engines do not know of yet."""
+        return sum(seconds for whose, seconds in self.engine_s.copy().values() if whose is crew)
 
     def learn(self, pixels: int, seconds: float) -> None:
         self._seconds_per_px = learnt(self._seconds_per_px, seconds / pixels)
@@ -83,8 +83,8 @@ class CodecShare:
     def __init__(self, load: CodecLoad) -> None:
         self._load, self._ended = load, False
 
-    def enter(self, pixels: int, engine_s: float) -> None:
-        self._load.codec_s[self], self._load.engine_s[self] = self._load.cost_s(pixels), engine_s
+    def enter(self, pixels: int, crew: object, engine_s: float) -> None:
+        self._load.codec_s[self], self._load.engine_s[self] = self._load.cost_s(pixels), (crew, engine_s)
         if self._ended:
             self.end()
 

@@ -1,7 +1,8 @@
 """The Ray Serve application that `serve_configs/*.yaml` name. The only file here that knows Ray Serve.
 
 `Rollout`, one replica, reads the registry; `Gateway` answers HTTP, with an engine of its own (one tier: CPUs) or with
-those of the deployment `Engine` (two tiers: GPUs, which many gateways then fill and which scale by themselves).
+those of the deployment `Engine` (two tiers: GPUs, which many gateways then fill and which scale by themselves), and
+one more for each pool of models.
 Decisions are made in `rollout.py`, `engine.py`, `remote.py`, `lines.py` and `gateway.py`; this is their shell.
 """
 
@@ -37,6 +38,7 @@ from rayscale.serve.gateway import Gateway, GatewaySettings
 from rayscale.serve.keeper import Keeper, RegistrySource
 from rayscale.serve.lines import Lines, Offer
 from rayscale.serve.meters import RayMeters
+from rayscale.serve.pools import PooledEngine, check_pools, deployment_of
 from rayscale.serve.remote import LostError, RemoteEngine
 from rayscale.serve.rollout import Orders, Report, Rollout
 from rayscale.serve.table import Table
@@ -51,11 +53,15 @@ class EngineArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     max_batch: int = pydantic.Field(default=1, ge=1)  # tiles of one shape in one run; on CPUs more gains nothing
     memory_mb: int = pydantic.Field(default=0, ge=0)  # of loaded models in one engine; 0: all stay loaded
     window: int = pydantic.Field(default=4, ge=1)  # two tiers: chunks of one request in flight
+    pools: dict[str, tuple[str, ...]] = {}
+    """Two tiers: pool -> names of its models, with `*`. Each is a deployment `Engine-POOL`; `Engine` has the others."""
 
     @pydantic.model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.tiers == "one" and "window" in self.model_fields_set:
-            raise ConfigError("args.engines.window", self.window, "has no effect with one tier", "set tiers: two")
+        for name in ("window", "pools"):
+            if self.tiers == "one" and name in self.model_fields_set:
+                found = getattr(self, name)
+                raise ConfigError(f"args.engines.{name}", found, "has no effect with one tier", "set tiers: two")
         return self
 
 
@@ -110,6 +116,11 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             remedy = nearest(str(first["loc"][-1]), known) if unknown else "correct the application's args"
             raise ConfigError(f"args.{name}", first.get("input"), rule, remedy) from None
 
+    @pydantic.model_validator(mode="after")
+    def _pools_serve(self) -> Self:
+        check_pools(self.engines.pools, self.models)
+        return self
+
     def source(self) -> RegistrySource:
         return RegistrySource(self.tracking_uri or None, self.models, require_gate=self.require_gate)
 
@@ -146,7 +157,8 @@ class RolloutReplica:
         store, meters = storage.open_store(args.state_uri or storage.home() / "serve"), RayMeters()
 
         def new(table: Table) -> Rollout:
-            return Rollout(table, now=time.monotonic(), probation_s=args.probation_s, meters=meters)
+            now, pools = time.monotonic(), args.engines.pools
+            return Rollout(table, now=now, probation_s=args.probation_s, pools=pools, meters=meters)
 
         self._keeper = Keeper(args.source(), store, new, poll_s=args.poll_s)
         self._task = asyncio.create_task(self._keeper.run())
@@ -166,7 +178,9 @@ def _sync(rollout_handle: DeploymentHandle) -> Callable[[Report], Awaitable[Orde
     return sync
 
 
-def _engine(args: AppArgs, rollout_handle: DeploymentHandle, meters: RayMeters) -> tuple[Engine, EngineFollower]:
+def _engine(
+    args: AppArgs, rollout_handle: DeploymentHandle, meters: RayMeters, pool: str = ""
+) -> tuple[Engine, EngineFollower]:
     """An engine in this process, with the threads of its CPUs, and what keeps it in step."""
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     engine = Engine(args.engine(max(1, int(cpus))))
@@ -179,6 +193,7 @@ def _engine(args: AppArgs, rollout_handle: DeploymentHandle, meters: RayMeters) 
         ThreadPoolExecutor(1, thread_name_prefix="prepare"),
         meters,
         grace_s=_grace_s(args),
+        pool=pool,
     )
 
 
@@ -189,11 +204,13 @@ def _grace_s(args: AppArgs) -> float:
 class EngineReplica:
     """The second tier. Ray Serve awaits an engine's start, then has it lend lines to gateways."""
 
-    async def __init__(self, args: AppArgs, rollout_handle: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, args: AppArgs, rollout_handle: DeploymentHandle, pool: str = ""
+    ) -> None:
         setup_logging()
         keep_freed_memory()
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._engine, self._follower = _engine(args, rollout_handle, RayMeters())
+        self._engine, self._follower = _engine(args, rollout_handle, RayMeters(), pool)
         await self._follower.start(args.ready_wait_s, args.sync_s)
         self._task = asyncio.create_task(self._follower.follow(args.sync_s))
 
@@ -209,7 +226,7 @@ class EngineReplica:
 
 
 class EngineCalls:
-    """What a gateway asks of the deployment `Engine` by its handle."""
+    """What a gateway asks of the engines of one pool by their deployment's handle."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -237,27 +254,31 @@ class EngineCalls:
 
 
 class GatewayReplica:
-    """One gateway, with its engine or with a line to those of the second tier."""
+    """One gateway, with its engine or with lines to those of the second tier."""
 
     def __init__(
-        self, args: AppArgs, rollout_handle: DeploymentHandle, engine_handle: DeploymentHandle | None = None
+        self, args: AppArgs, rollout_handle: DeploymentHandle, engine_handles: dict[str, DeploymentHandle] | None = None
     ) -> None:
+        """`engine_handles`: of the second tier, by pool."""
         setup_logging()
         keep_freed_memory()
         self._args, meters = args, RayMeters()
         self._follower: Follower
-        self._lines: Lines | None = None
+        self._lines: list[Lines] = []
         engine: Runner
-        if engine_handle is None:
+        if engine_handles is None:
             engine, self._follower = _engine(args, rollout_handle, meters)
         else:
-            calls = EngineCalls(engine_handle)
-            self._lines = Lines(calls.lend)
-            engine = RemoteEngine(args.engine(0), self._lines.carry, calls.wake, window=args.engines.window)
+            engine = PooledEngine({pool: self._remote(handle) for pool, handle in engine_handles.items()})
             name = serve.get_replica_context().replica_id.unique_id
             self._follower = GatewayFollower(name, engine, _sync(rollout_handle), grace_s=_grace_s(args))
         self._gateway = Gateway(args.gateway(), engine, self._follower, meters)
         self._task: asyncio.Task[None] | None = None
+
+    def _remote(self, handle: DeploymentHandle) -> RemoteEngine:
+        calls = EngineCalls(handle)
+        self._lines.append(Lines(calls.lend))
+        return RemoteEngine(self._args.engine(0), self._lines[-1].carry, calls.wake, window=self._args.engines.window)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._gateway, self._lifespan, behind_ray=True)
@@ -265,15 +286,15 @@ class GatewayReplica:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Ray Serve sends requests to a replica once this has started."""
-        if self._lines is not None:
-            await self._lines.start(ray.util.get_node_ip_address())
+        for each in self._lines:
+            await each.start(ray.util.get_node_ip_address())
         await self._follower.start(self._args.ready_wait_s, self._args.sync_s)
         self._task = asyncio.create_task(self._follower.follow(self._args.sync_s))
         yield
         self._task.cancel()
         self._gateway.close()
-        if self._lines is not None:
-            self._lines.close()
+        for each in self._lines:
+            each.close()
 
     async def check_health(self) -> None:
         if self._task is not None and self._task.done():
@@ -304,4 +325,8 @@ def build(args: AppArgs) -> Application:
     rollout_app = RolloutDeployment.bind(args)
     if args.engines.tiers == "one":
         return GatewayDeployment.bind(args, rollout_app)
-    return GatewayDeployment.bind(args, rollout_app, EngineDeployment.bind(args, rollout_app))
+    engines = {
+        pool: EngineDeployment.options(name=deployment_of(pool)).bind(args, rollout_app, pool)
+        for pool in ("", *args.engines.pools)
+    }
+    return GatewayDeployment.bind(args, rollout_app, engines)

@@ -17,7 +17,7 @@ Ask = Callable[[Mapping[str, F32]], Awaitable[dict[str, F32]]]
 async def run(
     engine: Runner, digest: str, part: Callable[[Ask, int], Awaitable[None]], count: int, deadline: float
 ) -> Timing:
-    """`part` of 0 .. count - 1, each of which asks once, at most `Runner.window` of them at a time.
+    """`part` of 0 .. count - 1, each of which asks once, at most `Crew.window` of them at a time.
 
     The timing is of asking alone: what parts do beside it is not in it. Raises: as `Runner.call`, and what a part does.
     """
@@ -41,7 +41,7 @@ async def run(
     async def one(index: int) -> None:
         await part(ask, index)
 
-    await each(one, count, engine.window)
+    await each(one, count, engine.of(digest).window)
     return Timing(max(0.0, asked_s - run_s), run_s)
 
 

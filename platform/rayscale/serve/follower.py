@@ -17,7 +17,7 @@ from rayscale.errors import ConfigError, IntegrityError, RayscaleError
 from rayscale.observe import log
 from rayscale.serve.engine import Engine, Runner
 from rayscale.serve.meters import Meters
-from rayscale.serve.remote import RemoteEngine
+from rayscale.serve.pools import PooledEngine
 from rayscale.serve.rollout import Orders, Report
 from rayscale.serve.table import Release, Table
 
@@ -36,6 +36,7 @@ class Follower(ABC):
         self.watched: Mapping[str, str] = {}
         self.reason = "the rollout has not answered yet"  # why it is not ready, "" once it is
         self._replica, self._engine, self._sync, self._grace_s = replica, engine, sync, grace_s
+        self._published = Table()  # by the rollout
         self._failed: dict[str, str] = {}  # digest -> why
         self._unnamed: dict[str, float] = {}  # digest -> since when no table names it
         self._sync_failed = False
@@ -87,25 +88,34 @@ class Follower(ABC):
     async def step(self) -> Orders:
         """One report and what follows from its answer."""
         orders = await self._sync(self.report())
-        self.held, self.watched = orders.held, orders.watched
+        self.held, self.watched, self._published = orders.held, orders.watched, orders.table
         self.obey(orders)
         self._adopt(orders)
         self._forget(orders)
         return orders
 
     def _adopt(self, orders: Orders) -> None:
+        """A table serves when all of it is here; of several pools, those that are late hold no other up."""
         table = orders.table.without_canaries(self._engine.digests)
-        missing = table.routed - self._engine.digests
-        if not missing:
-            self.table = table
-        if self.table.routes and not self.table.routed <= orders.failed.keys():
+        missing = table.routed.intersection(r.digest for r in orders.prepare) - self._engine.digests  # of what is ours
+        pools = [pool.digests for pool in orders.pools.values()] or [table.routed]
+        late = frozenset[str]().union(*(digests for digests in pools if digests & missing))
+        failed = {digest: why for pool in orders.pools.values() for digest, why in pool.failed.items()}
+
+        def waiting(wanted: frozenset[str]) -> str:
+            versions, whys = {**self.table.versions, **orders.table.versions}, {**failed, **self._failed}
+            releases = sorted(str(versions[digest]) for digest in wanted)
+            failures = [whys[digest] for digest in sorted(wanted) if digest in whys]
+            return "; ".join([f"preparing {', '.join(releases)}", *failures])
+
+        if not missing or table.routed - late:
+            self.table = table.without_late(late, self.table)
+            champions = {route: frozenset({shares[0][0]}) for route, shares in table.routes.items()}
+            self.held = {**orders.held, **{r: waiting(one) for r, one in champions.items() if one <= missing}}
+        if self.table.routes and not self.table.routed <= failed.keys():
             self.reason = ""  # an old table serves as long as the new one is not ready
         elif wanted := missing or self.table.routed:
-            versions = {**self.table.versions, **orders.table.versions}
-            failed = {**orders.failed, **self._failed}
-            releases = sorted(str(versions[digest]) for digest in wanted)
-            failures = [failed[digest] for digest in sorted(wanted) if digest in failed]
-            self.reason = "; ".join([f"preparing {', '.join(releases)}", *failures])
+            self.reason = waiting(wanted)
         else:
             held = "; ".join(f"{route}: {why}" for route, why in sorted(orders.held.items()))
             self.reason = held or "no model is promoted yet: no alias that this application follows exists"
@@ -135,10 +145,11 @@ class EngineFollower(Follower):
         meters: Meters,
         *,
         grace_s: float,
+        pool: str = "",
     ) -> None:
-        """`executor` runs `fetch` and `Engine.prepare`."""
+        """`executor` runs `fetch` and `Engine.prepare`; `pool`: whose models the engine runs."""
         super().__init__(replica, engine, sync, grace_s=grace_s)
-        self._loader, self._fetch, self._executor, self._meters = engine, fetch, executor, meters
+        self._loader, self._fetch, self._executor, self._meters, self._pool = engine, fetch, executor, meters, pool
         self._retry: dict[str, tuple[float, float]] = {}  # digest -> (not before, last delay)
         self._preparing: asyncio.Task[None] | None = None
         self._names: dict[str, str] = {}  # of models, by digest
@@ -151,11 +162,12 @@ class EngineFollower(Follower):
         return Report(
             replica=self._replica,
             ready=not self.reason,
+            pool=self._pool,
             known=self._engine.known(),
             prepared=self._engine.digests,
             failed=dict(self._failed),
             outcomes=self._engine.outcomes(),
-            table=self.table,
+            table=self._published,
         )
 
     def obey(self, orders: Orders) -> None:
@@ -203,10 +215,10 @@ class GatewayFollower(Follower):
     """Of a gateway that asks engines: it follows what they have prepared."""
 
     def __init__(
-        self, replica: str, engine: RemoteEngine, sync: Callable[[Report], Awaitable[Orders]], *, grace_s: float
+        self, replica: str, engine: PooledEngine, sync: Callable[[Report], Awaitable[Orders]], *, grace_s: float
     ) -> None:
         super().__init__(replica, engine, sync, grace_s=grace_s)
-        self._remote = engine
+        self._pooled = engine
 
     def report(self) -> Report:
         return Report(
@@ -215,13 +227,11 @@ class GatewayFollower(Follower):
             ready=not self.reason,
             prepared=self._engine.digests,
             outcomes=self._engine.outcomes(),
-            table=self.table,
+            table=self._published,
         )
 
     def obey(self, orders: Orders) -> None:
-        self._remote.learn(orders.known, orders.num_engines)
-        if not orders.num_engines and {release.digest for release in orders.prepare} - orders.known.keys():
-            self._remote.wake()  # they sleep, and one of them is needed
+        self._pooled.learn(orders.pools)
 
 
 def fetch(release: Release, cache: Path, tracking_uri: str | None) -> Path:

@@ -22,7 +22,7 @@ from rayscale.serve.admission import Admission, CodecLoad
 from rayscale.serve.batching import Timing
 from rayscale.serve.body import Held
 from rayscale.serve.course import Begin, Tiled
-from rayscale.serve.engine import Runner
+from rayscale.serve.engine import Crew, Runner
 from rayscale.serve.filters import Filters
 from rayscale.serve.keys import Key
 from rayscale.serve.meters import Meters
@@ -85,12 +85,12 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, engine: Runner, routing: Routing, meters: Meters) -> None:
         self.settings, self.engine, self.routing, self.meters = settings, engine, routing, meters
         self.access = AccessLog()
-        self.held = Held(settings.max_held_bytes, engine.backlog_s)
+        self.held = Held(settings.max_held_bytes, self._backlog_s)
         self._codecs = Threads(settings.codec_threads, "codec")
         self.codec_load = CodecLoad(settings.codec_threads)
         self._quick = Threads(1, "quick")  # headers, and all of small pictures
         self._filters = Filters(settings.timeout_s)
-        self._admission = Admission(settings.timeout_s)
+        self._admissions: dict[Crew, Admission] = {}
         self._defaults: tuple[Table, dict[tuple[object, ...], str]] = Table(), {}  # found so far, in this table
 
     def close(self) -> None:
@@ -142,9 +142,10 @@ class Gateway:
         if key in known:
             return known[key]
         cards = {route: self._known_card(shares[0][0]) for route, shares in table.routes.items()}
-        fitting = [r for r, card in cards.items() if card is None or _fits(card.spec, role, scale)]
+        fitting = [r for r, card in cards.items() if card and _fits(card.spec, role, scale)]
+        fitting = fitting or [r for r, card in cards.items() if card is None]  # of a pool that is late
         wanted = route_of(self.settings.default_model) if self.settings.default_model else ""
-        if wanted in fitting or (wanted and wanted not in table.routes):
+        if wanted and (wanted in fitting or cards.get(wanted) is None):  # it may be late itself, or not promoted
             fitting = [wanted]
         if not fitting:
             by = f" by {scale}" if scale else ""
@@ -174,28 +175,32 @@ class Gateway:
         """Of a request whose body is here, on time.monotonic()."""
         return time.monotonic() + self.settings.timeout_s
 
-    def admit(self, cost_s: float, deadline: float, what: str, *, codec_px: int = 0) -> None:
+    def admit(self, digest: str, units: int, deadline: float, what: str, *, codec_px: int = 0) -> None:
         """Refuse now what would miss its deadline anyway. Raises: TooLargeError, BusyError.
 
-        `cost_s` of the engine; `codec_px`: pixels to be read and written.
+        `units` as in `Engine.cost_s`; `codec_px`: pixels to be read and written.
         """
-        load = self.codec_load
+        load, cost_s, crew = self.codec_load, self.engine.cost_s(digest, units), self.engine.of(digest)
         codec_s = load.cost_s(codec_px)
         total_s = cost_s + codec_s
         if total_s > self.settings.timeout_s:
             rule = f"takes about {total_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
             remedy = "ask for less, or run the model yourself: rayscale upscale IN OUT --model NAME"
             raise TooLargeError("request", what, rule, remedy)
-        now, who, own_s = time.monotonic(), "engine", cost_s
-        servers = self.engine.num_engines
-        backlog_s = self.engine.backlog_s() + load.coming_s() / servers
+        admission = self._admissions.get(crew) or self._admissions.setdefault(crew, Admission(self.settings.timeout_s))
+        now, who, own_s, servers = time.monotonic(), "engine", cost_s, crew.num_engines
+        backlog_s = crew.backlog_s() + load.coming_s(crew) / servers
         if codec_px and (waiting_s := load.backlog_s()) > backlog_s:  # where it waits longer
             who, own_s, backlog_s, servers = "codecs", codec_s, waiting_s, load.threads
         left_s = deadline - now - (total_s - own_s)
-        wait_s = self._admission.wait_s(own_s, backlog_s, left_s, now, servers)
+        wait_s = admission.wait_s(own_s, backlog_s, left_s, now, servers)
         if wait_s is not None:
             raise BusyError(who, f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
                             "try again later", retry_after_s=wait_s)  # fmt: skip
+
+    def _backlog_s(self) -> float:
+        """Of whoever has most to do."""
+        return max((crew.backlog_s() for crew in [*self._admissions]), default=0.0)
 
     # threads
 

@@ -101,7 +101,7 @@ async def generate(gateway: Gateway, ask: GenerateRequest, release: Release, for
     card = gateway.card(release, "generate")
     seed = secrets.randbelow(2**53) if ask.seed is None else ask.seed
     inputs, latent_s = await gateway.codec(inputs_of, card, ask, seed)
-    gateway.admit(gateway.engine.cost_s(release.digest, ask.n), deadline, f"{ask.n} pictures")
+    gateway.admit(release.digest, ask.n, deadline, f"{ask.n} pictures")
     pictures: dict[int, F32] = {}
     most = SAMPLES if stacks(card.spec) else 1
 

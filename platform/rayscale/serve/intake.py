@@ -85,7 +85,9 @@ def look(gateway: Gateway, body: Body, release: Release, role: Role, deadline: f
     planned = plan(spec, header.height, header.width, gateway.engine.settings)
     engine_s = gateway.engine.cost_s(release.digest, planned.pixels)
     looked = Looked(files=files, role=role, masked=masked, plan=planned, spec=spec, engine_s=engine_s)
-    gateway.admit(engine_s, deadline, f"{planned.width}x{planned.height}", codec_px=looked.codec_px)
+    gateway.admit(
+        release.digest, planned.pixels, deadline, f"{planned.width}x{planned.height}", codec_px=looked.codec_px
+    )
     return looked
 
 

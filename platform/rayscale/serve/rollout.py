@@ -1,10 +1,10 @@
 """Which versions serve: the routing table, and how it follows the registry's aliases without a seam.
 
-A moved alias is prepared by every live engine first (download, digest, golden probe, warm-up), in a gateway or behind
-a handle; then one table is published. The version before stays listed, so replicas keep it warm for a rollback, which
-comes by itself where the new one fails too often in its first minutes, and stays until the alias moves. A canary has
-a share of a route beside its champion, and loses it where it does worse.
-Pure: no Ray, no MLflow, no clock of its own. `app.py` gives it a home, `follower.py` is a replica's side of it.
+A moved alias is prepared by every live engine of its model's pool first (download, digest, golden probe, warm-up), in
+a gateway or behind a handle; then one table is published. The version before stays listed, so replicas keep it warm
+for a rollback, which comes by itself where the new one fails too often in its first minutes, and stays until the alias
+moves. A canary has a share of a route beside its champion, and loses it where it does worse.
+Pure: no Ray, no MLflow, no clock of its own. `keeper.py` gives it a home, `follower.py` is a replica's side of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rayscale.observe import log
 from rayscale.registry.canary import OVER, ROLLED_BACK, alias_of, end, read_share, write_taken_back
 from rayscale.serve.batching import Known, Outcome
 from rayscale.serve.meters import Meters
+from rayscale.serve.pools import Pool, Pools, pool_of
 from rayscale.serve.table import Release, Rollback, Shares, Table, route_of
 from rayscale.serve.trial import Trial
 
@@ -33,11 +34,12 @@ class Report:
     replica: str
     runs: bool = True  # it loads models itself; False: a gateway that asks engines
     ready: bool = True  # it has what its table names, so it answers
+    pool: str = ""  # whose models it runs
     known: Mapping[str, Known] = field(default_factory=dict)  # of an engine, what others need to know of its models
     prepared: frozenset[str] = frozenset()  # digests it can answer with now
     failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why; it tries again by itself
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # by digest, since the replica started
-    table: Table = Table()  # the one it follows: a second copy, should the rollout lose its own
+    table: Table = Table()  # the last it was told: a second copy, should the rollout lose its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,7 @@ class Orders:
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
     watched: Mapping[str, str] = field(default_factory=dict)  # "name:version" on trial -> how it does
     others: bool = False  # replicas of its kind are ready: nobody needs this one before it is
-    # For gateways that ask engines; empty for those that run models themselves:
-    num_engines: int = 0
-    known: Mapping[str, Known] = field(default_factory=dict)  # what the engines can answer with
-    failed: Mapping[str, str] = field(default_factory=dict)  # digest -> why no engine has it
+    pools: Mapping[str, Pool] = field(default_factory=dict)  # for gateways that ask engines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +95,16 @@ class Rollout:
         now: float,
         stale_s: float = 5.0,
         probation_s: float = 600.0,
+        pools: Pools | None = None,
         meters: Meters | None = None,
     ) -> None:
         """`table`: the one that was kept; `stale_s`: a replica that has been silent for so long is dead.
 
         `probation_s`: how long a new version is watched, and the window in which a canary is; 0: not at all.
+        `pools`: a version waits for the engines of its own pool only.
         """
         self.table = table or Table()
-        self.stale_s, self.probation_s, self._meters = stale_s, probation_s, meters
+        self.stale_s, self.probation_s, self._pools, self._meters = stale_s, probation_s, pools or {}, meters
         self.endings: list[Ending] = []  # to be told to the registry; who has done so takes them out
         self._ended: set[tuple[str, str]] = set()  # routes and canaries, which are few
         self._trials: dict[tuple[str, str], Trial] = {}  # by route and canary ("": its champion)
@@ -139,26 +140,39 @@ class Rollout:
             trial.hear(report.replica, report.outcomes)
         self._judge(now)
         self._settle(now)
+        prepare = self._prepare()
         others = any(
-            other.ready and other.runs == report.runs and name != report.replica
+            other.ready and (other.runs, other.pool) == (report.runs, report.pool) and name != report.replica
             for name, (_, other) in self._replicas.items()
         )
-        orders = Orders(
-            table=self.table, prepare=self._prepare(), held=self.held(), watched=self._watched(), others=others
-        )
-        return orders if report.runs else self._for_gateway(orders)
-
-    def _for_gateway(self, orders: Orders) -> Orders:
-        """What engines can answer with. While all of them sleep it is what they could: a request wakes one."""
-        engines = self._engines()
-        named = {release.digest for release in orders.prepare}
-        for engine in engines:
+        orders = Orders(table=self.table, prepare=prepare, held=self.held(), watched=self._watched(), others=others)
+        if report.runs:
+            return replace(orders, prepare=tuple(r for r in prepare if self._pool_of(r) == report.pool))
+        named = {release.digest for release in prepare}
+        for _, engine in self._replicas.values():
             self._known |= engine.known
         self._known = {digest: known for digest, known in self._known.items() if digest in named}
-        has = {digest for engine in engines for digest in engine.prepared} if engines else set(self._known)
-        failed = {digest: why for engine in engines for digest, why in engine.failed.items() if digest not in has}
-        known = {digest: known for digest, known in self._known.items() if digest in has}
-        return replace(orders, num_engines=len(engines), known=known, failed=failed)
+        return replace(orders, pools={pool: self._pool(pool, prepare) for pool in ("", *self._pools)})
+
+    def _pool(self, name: str, prepare: Iterable[Release]) -> Pool:
+        """What its engines can answer with. While all of them sleep it is what they could: a request wakes one."""
+        engines = self._engines(name)
+        digests = frozenset(release.digest for release in prepare if self._pool_of(release) == name)
+        has = digests & ({d for e in engines for d in e.prepared} if engines else self._known.keys())
+        failed = {d: why for e in engines for d, why in e.failed.items() if d in digests - has}
+        known = {digest: self._known[digest] for digest in has if digest in self._known}
+        return Pool(num_engines=len(engines), digests=digests, known=known, failed=failed)
+
+    def _pool_of(self, release: Release) -> str:
+        return pool_of(release.name, self._pools)
+
+    def _engines(self, pool: str) -> list[Report]:
+        """What those of a pool said last that answer.
+
+        One that cannot even load what is served holds nothing up, unless none can.
+        """
+        engines = [report for _, report in self._replicas.values() if report.runs and report.pool == pool]
+        return [engine for engine in engines if engine.ready] or engines
 
     def held(self) -> dict[str, str]:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
@@ -266,7 +280,7 @@ class Rollout:
         self.endings += new
 
     def _why(self, release: Release) -> str:
-        reports = self._engines()
+        reports = self._engines(self._pool_of(release))
         for report in reports:
             if release.digest in report.failed and release.digest not in report.prepared:
                 return f"{release} is refused: {report.failed[release.digest]}"
@@ -283,21 +297,13 @@ class Rollout:
         releases += versions.values()
         return tuple({release.digest: release for release in releases}.values())
 
-    def _engines(self) -> list[Report]:
-        """Those that answer. One that cannot even load what is served holds nothing up, unless none can."""
-        engines = [report for _, report in self._replicas.values() if report.runs]
-        return [engine for engine in engines if engine.ready] or engines
-
     def _settle(self, now: float) -> None:
         """Publish what every live engine has prepared, all in one new table."""
         self._replicas = {k: (seen, r) for k, (seen, r) in self._replicas.items() if now - seen < self.stale_s}
         if self._desired is None:
             return
-        engines = self._engines()
-        ready: frozenset[str] = frozenset()
-        if engines and now >= self._publish_from:
-            ready = frozenset.intersection(*(engine.prepared for engine in engines))
-        old, routes = self.table.routes, self._target(ready)
+        waiting = [r for pending in self._pending().values() for r in pending] if now >= self._publish_from else []
+        old, routes = self.table.routes, self._target(frozenset(r.digest for r in waiting if self._is_ready(r)))
         back = {
             route: rollback for route, rollback in self.table.rolled_back.items()
             if route in routes and self._holds(route, rollback)
@@ -310,6 +316,11 @@ class Rollout:
             canary = self._desired.canaries.get(route)
             if canary and len(shares) > 1 and (route, canary.key) not in self._trials:
                 self._watch(route, canary.release.digest, shares[0][0], now, canary.key)
+
+    def _is_ready(self, release: Release) -> bool:
+        """Whether every live engine of its pool has prepared it."""
+        engines = self._engines(self._pool_of(release))
+        return bool(engines) and all(release.digest in engine.prepared for engine in engines)
 
     def _holds(self, route: str, rollback: Rollback) -> bool:
         """Whether what was rolled back stays so: until its alias moves, or another canary is started."""

@@ -83,6 +83,14 @@ class Table:
         }
         return replace(self, routes=routes)
 
+    def without_late(self, late: frozenset[str], old: Table) -> Table:
+        """The same where a route to what is `late` leads where it did in an `old` table, if it was there."""
+        routes = {
+            route: old.routes.get(route, shares) if late.intersection(dict(shares)) else shares
+            for route, shares in self.routes.items()
+        }
+        return replace(self, routes=routes, versions={**old.versions, **self.versions} if late else self.versions)
+
 
 def draw(route: str, who: str) -> float:
     """In [0, 1), the same for the same client of a route whenever and wherever it is drawn."""

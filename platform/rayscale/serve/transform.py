@@ -40,7 +40,7 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
         nonlocal codec_px
         looked.append(look(gateway, body, release, role, deadline))
         if codec_px := looked[0].codec_px:
-            share.enter(codec_px, looked[0].engine_s)
+            share.enter(codec_px, gateway.engine.of(release.digest), looked[0].engine_s)
         return not codec_px
 
     def begin() -> Canvas | None:

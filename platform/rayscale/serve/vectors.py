@@ -64,7 +64,7 @@ async def _vectors(
 
     async def some(ask: Ask, index: int) -> None:
         group = groups[index]
-        gateway.admit(engine.cost_s(digest, len(group)), deadline, f"{len(group)} of {len(pictures)} pictures")
+        gateway.admit(digest, len(group), deadline, f"{len(group)} of {len(pictures)} pictures")
         nchw = np.concatenate([pictures[i] for i in group]) if len(group) > 1 else pictures[group[0]]
         outputs = await ask({name: nchw})
         for position, i in enumerate(group):
