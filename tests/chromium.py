@@ -127,10 +127,27 @@ class Browser:
             )
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
-    def press(self, name: str, code: int, text: str = "") -> None:
+    def press(self, name: str, code: int, text: str = "", *, shift: bool = False) -> None:
         for kind in ("keyDown", "keyUp"):
             extra = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **extra)
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code,
+                      modifiers=8 * shift, **extra)  # fmt: skip
+
+    def type(self, text: str) -> None:
+        for letter in text:
+            self.press(letter, ord(letter.upper()), letter)
+
+    def chosen_by_key(self, name: str, code: int, text: str, *files: Path, timeout_s: float = 5.0) -> None:
+        """Press a key on a file input, and put files into the chooser that it opens."""
+        self.call("Page.setInterceptFileChooserDialog", enabled=True)
+        seen, deadline = len(self.events), time.monotonic() + timeout_s
+        self.press(name, code, text)
+        while not (opened := [e for e in self.events[seen:] if e.get("method") == "Page.fileChooserOpened"]):
+            assert time.monotonic() < deadline, f"{name} opened no file chooser"
+            self.run("new Promise(requestAnimationFrame)")
+        node = opened[0]["params"]["backendNodeId"]
+        self.call("DOM.setFileInputFiles", backendNodeId=node, files=[str(f) for f in files])
+        self.call("Page.setInterceptFileChooserDialog", enabled=False)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]

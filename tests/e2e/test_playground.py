@@ -184,19 +184,193 @@ def test_the_slider_works_by_mouse_finger_and_keyboard(page: Any, tmp_path: Path
     assert colours(page, shot, 0.6, 0.7) == [255, 0]
 
 
-def test_everything_can_be_done_by_keyboard(page: Any, tmp_path: Path) -> None:
-    page.choose("[data-drop=image] input", picture(tmp_path / "a.png", (9, 99, 200)))
-    seen = []
-    for _ in range(30):
+# --- by keyboard alone: Tab, Enter, Space, arrows
+
+ENTER, SPACE = ("Enter", 13, "\r"), (" ", 32, " ")
+CONTROLS = """[...document.querySelectorAll('a[href], button, input, select, summary, [tabindex="0"]')]
+  .filter((e) => e.checkVisibility())"""
+FOCUSED = "document.activeElement"
+
+
+def marked(page: Any, folder: Path) -> int:
+    """Pixels on the screen that tell which control has the focus."""
+    page.screenshot(folder / "with.png")
+    page.run(f"focused = {FOCUSED}, focused.blur()")
+    page.screenshot(folder / "without.png")
+    page.run("focused.focus({ preventScroll: true })")
+    with_it, without = (np.asarray(Image.open(folder / f"{name}.png")) for name in ("with", "without"))
+    return int((with_it != without).any(axis=2).sum())
+
+
+def tab_to(page: Any, selector: str, folder: Path | None = None) -> None:
+    """Tab until this has the focus, which can be seen."""
+    for _ in range(40):
         page.press("Tab", 9)
-        seen.append(page.run("document.activeElement.className || document.activeElement.name"))
-        if seen[-1] == "primary":
-            break
-    assert seen[0] == "skip"
-    assert "model" in seen
-    page.press("Enter", 13, "\r")
-    page.until("!document.querySelector('#picture .result').hidden")
-    assert page.run("document.querySelector('#picture [role=status]').textContent") == "Done."
+        if page.run(f"{FOCUSED}.matches({json.dumps(selector)})"):
+            if folder is not None:
+                assert marked(page, folder) > 150, selector
+            return
+    pytest.fail(f"40 times Tab and not at {selector}")
+
+
+def go_by_key(page: Any, task: str) -> None:
+    tab_to(page, f'nav a[href="#{task}"]')
+    page.press(*ENTER)
+    page.until(f"document.querySelector('nav a[aria-current]').hash === '#{task}'")
+
+
+def pick_by_key(page: Any, value: str) -> None:
+    """With the focus on a select."""
+    for _ in range(20):
+        if page.run(f"{FOCUSED}.value") == value:
+            return
+        page.press("ArrowDown", 40)
+    pytest.fail(f"no {value} among {page.run(f'[...{FOCUSED}.options].map((o) => o.value)')}")
+
+
+def finished(page: Any, section: str) -> None:
+    page.until(f"!document.querySelector('{section}').classList.contains('busy')")
+    assert page.run(f"document.querySelector('{section} [role=status]').textContent") == "Done.", page.run(
+        f"document.querySelector('{section} .error').textContent"
+    )
+
+
+def slid_by_key(page: Any, slider: str) -> None:
+    """The slider that has the focus goes where arrows, Home and End say."""
+    at = f"getComputedStyle(document.querySelector('{slider}').parentElement).getPropertyValue('--at')"
+    for keys, place in (
+        ([("Home", 36)], "0%"),
+        ([("ArrowRight", 39)] * 4, "2%"),
+        ([("End", 35)], "100%"),
+        ([("ArrowLeft", 37)] * 3, "98.5%"),
+    ):
+        for key in keys:
+            page.press(*key)
+        assert page.run(at) == place
+
+
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
+def test_tab_reaches_every_control_there_and_back_and_it_is_seen(page: Any, tmp_path: Path, phone: bool) -> None:
+    page.choose("[data-drop=image] input", picture(tmp_path / "a.png", (9, 99, 200)))
+    submit(page, "#picture")  # whose result has controls too
+    page.size(*((360, 560) if phone else (1280, 560)), phone=phone)  # low: much is scrolled away
+    for task in ("upscale", "restore", "generate", "compare"):
+        go(page, task)
+        if task == "restore":
+            choose(page, "#picture", "holes@champion")
+            page.until("!document.querySelector('[data-drop=mask]').hidden")
+            page.run("document.querySelector('details').open = true")
+        page.run(f"{FOCUSED}.blur(), order = {CONTROLS}, 0")
+        count = page.run("order.length")
+        assert count > 10
+        page.run("order[0].focus()")
+        for way, places in (("on", range(1, count)), ("back", range(count - 2, -1, -1))):
+            for place in places:
+                page.press("Tab", 9, shift=way == "back")
+                at = page.run(f"order.indexOf({FOCUSED})")
+                assert at == place, (task, way, page.run(f"{FOCUSED}.outerHTML"))
+                assert marked(page, tmp_path) > 150, (task, way, page.run(f"{FOCUSED}.outerHTML"))
+
+
+def test_a_focus_that_is_not_seen_is_caught(page: Any, tmp_path: Path) -> None:
+    """Negative control."""
+    tab_to(page, ".primary", tmp_path)
+    page.run(f"{FOCUSED}.style.outline = 'none'")
+    assert marked(page, tmp_path) < 150
+
+
+def test_a_picture_is_upscaled_by_keyboard(page: Any, tmp_path: Path) -> None:
+    page.press("Tab", 9)
+    assert page.run(f"{FOCUSED}.className") == "skip"
+    tab_to(page, "[data-drop=image] input", tmp_path)
+    page.chosen_by_key(*ENTER, picture(tmp_path / "a.png", (9, 99, 200)))
+    tab_to(page, "#picture .primary", tmp_path)
+    page.press(*ENTER)
+    finished(page, "#picture")
+    tab_to(page, SLIDER, tmp_path)
+    slid_by_key(page, SLIDER)
+    tab_to(page, "[name=actual]", tmp_path)
+    page.press(*SPACE)
+    assert page.run("document.querySelector('.comparison').classList.contains('actual')")
+
+
+def test_a_hole_is_filled_by_keyboard(page: Any, tmp_path: Path) -> None:
+    """The mask is a file: there is nothing to draw."""
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, (60, 0, 90, 60))
+    mask.save(tmp_path / "mask.png")
+    go_by_key(page, "restore")
+    tab_to(page, "[data-drop=image] input", tmp_path)
+    page.chosen_by_key(*SPACE, picture(tmp_path / "white.png", (255, 255, 255)))
+    tab_to(page, "#picture [name=model]", tmp_path)
+    pick_by_key(page, "holes@champion")
+    page.until("!document.querySelector('[data-drop=mask]').hidden")
+    tab_to(page, "[data-drop=mask] input", tmp_path)
+    page.chosen_by_key(*ENTER, tmp_path / "mask.png")
+    tab_to(page, "#picture .primary", tmp_path)
+    page.press(*SPACE)
+    finished(page, "#picture")
+    tab_to(page, SLIDER, tmp_path)
+    page.press("Home", 36)
+    assert colours(page, tmp_path / "shot.png", 0.4, 0.9) == [255, 153]
+
+
+def test_pictures_are_generated_by_keyboard(page: Any, tmp_path: Path) -> None:
+    made = "[...document.querySelectorAll('#generate .gallery img')].map(i => i.src)"
+    go_by_key(page, "generate")
+    tab_to(page, "[name=seed]", tmp_path)
+    page.type("7")  # instead of what is there: Tab has selected it
+    page.press(*ENTER)
+    finished(page, "#generate")
+    first = page.run(made)
+    assert len(set(first)) == 4
+    assert page.run("document.querySelector('#generate .gallery span').textContent") == "Seed 7, no. 0"
+    tab_to(page, "[name=truncation]", tmp_path)
+    page.press("ArrowLeft", 37)
+    assert page.run("document.querySelector('[name=truncation-shown]').value") == "3.9"
+    tab_to(page, "#generate .primary", tmp_path)
+    tab_to(page, "[data-act=dice]", tmp_path)
+    page.press(*SPACE)
+    page.until(f"{made}.length === 4 && {made}[0] !== {json.dumps(first[0])}")
+    tab_to(page, ".gallery a", tmp_path)
+
+
+def test_two_pictures_are_compared_by_keyboard(page: Any, tmp_path: Path) -> None:
+    go_by_key(page, "compare")
+    for name, level in (("a", 60), ("b", 80)):
+        tab_to(page, f"[data-drop={name}] input", tmp_path)
+        page.chosen_by_key(*ENTER, picture(tmp_path / f"{name}.png", (level,) * 3, (180, 180)))
+    tab_to(page, "#compare .primary", tmp_path)
+    page.press(*ENTER)
+    finished(page, "#compare")
+    assert page.run("document.querySelector('.measures div:nth-child(2) dd').textContent") == "400"  # of 20 levels
+    tab_to(page, "#compare .pair input", tmp_path)
+    slid_by_key(page, "#compare .pair input")
+
+
+def test_work_is_stopped_by_keyboard_and_the_focus_is_kept(page: Any, tmp_path: Path) -> None:
+    page.choose("[data-drop=image] input", picture(tmp_path / "large.png", (9, 99, 200), (3000, 3000)))
+    tab_to(page, "#picture .primary")
+    page.press(*ENTER)
+    tab_to(page, "#picture [data-act=stop]")
+    page.press(*ENTER)
+    page.until("document.querySelector('#picture [role=status]').textContent === 'Stopped.'")
+    assert page.run(f"{FOCUSED}.className") == "primary"  # Stop, which had it, is gone
+
+
+def test_what_is_larger_than_its_frame_is_scrolled_by_keyboard(page: Any, tmp_path: Path) -> None:
+    frame = "document.querySelector('#picture .frame')"
+    page.choose("[data-drop=image] input", picture(tmp_path / "wide.png", (9, 99, 200), (900, 60)))
+    submit(page, "#picture")
+    assert page.run(f"{frame}.tabIndex") == -1  # it all fits: nothing to stop at
+    tab_to(page, "[name=actual]")
+    page.press(*SPACE)
+    for _ in range(2):
+        page.press("Tab", 9, shift=True)
+    assert page.run(f"{FOCUSED} === {frame}")
+    assert marked(page, tmp_path) > 150
+    page.press("ArrowRight", 39)
+    page.until(f"{frame}.scrollLeft > 0")
 
 
 def test_the_skip_link_leads_past_the_bar_and_stays_at_the_task(page: Any) -> None:
@@ -378,22 +552,43 @@ def test_no_script_but_its_own_runs(tab: Any, server: tuple[str, Any]) -> None:
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(
-    tab: Any, tmp_path_factory: pytest.TempPathFactory, serve_app: Callable[[Any], str]
+    tab: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, serve_app: Callable[[Any], str]
 ) -> None:
+    """By keyboard alone."""
     from rayscale.serve.keys import parse
 
     folder = tmp_path_factory.mktemp("locked") / "a"
     keys = parse(f"me {hashlib.sha256(b'open-sesame').hexdigest()}")
     service = tools["Service"](folder, small["write"](folder), keys=keys)
     tab.open(serve_app(service))
+    kept = "sessionStorage.getItem('key')"
     for given, state in (("wrong", "away"), ("open-sesame", "ready")):
         tab.until("document.querySelector('dialog').open")
-        tab.run(f"document.querySelector('dialog input').value = '{given}'")
-        tab.click("dialog .primary")
-        tab.until(f"document.querySelector('.health').dataset.state === '{state}'")
+        assert tab.run(f"{FOCUSED}.name") == "key"
+        tab.run(f"{FOCUSED}.select()")
+        tab.type(given)
         if state == "away":
+            tab.press(*ENTER)
             tab.until("!document.querySelector('dialog .error').hidden")
             assert "not known" in tab.run("document.querySelector('dialog .error').textContent")
+        else:
+            tab_to(tab, "dialog .primary", tmp_path)
+            tab.press(*SPACE)
+        tab.until(f"document.querySelector('.health').dataset.state === '{state}'")
+        assert tab.run(kept) == given
+    for leave in ("Escape", "Cancel"):  # what was typed is not kept
+        tab_to(tab, "[data-act=key]", tmp_path)
+        tab.press(*ENTER)
+        tab.until("document.querySelector('dialog').open")
+        tab.type("x")
+        if leave == "Escape":
+            tab.press("Escape", 27)
+        else:
+            tab_to(tab, "dialog [value=cancel]", tmp_path)
+            tab.press(*ENTER)
+        tab.until("!document.querySelector('dialog').open")
+        assert tab.run(f"{FOCUSED}.dataset.act") == "key"  # back where it was opened
+        assert tab.run(kept) == "open-sesame", leave
     tab.click("[data-act=chart]")
     tab.until("document.querySelector('.drop.full')")
     submit(tab, "#picture")

@@ -45,6 +45,7 @@ function task(section, run) {
     } finally {
       running = null;
       button.removeAttribute("aria-disabled");
+      if (document.activeElement === stop) button.focus(); // it goes, and the focus with it
       stop.hidden = true;
       section.classList.remove("busy");
     }

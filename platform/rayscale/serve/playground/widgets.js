@@ -154,7 +154,10 @@ export function comparison(before, after, { names = ["Before", "After"], downloa
     pair.style.setProperty("--h", lower.naturalHeight);
   });
   upper.addEventListener("error", () => figure.classList.add("alone")); // the browser cannot show what was sent
-  $('[name="actual"]', figure).addEventListener("change", (event) => figure.classList.toggle("actual", event.target.checked));
+  $('[name="actual"]', figure).addEventListener("change", ({ target }) => {
+    figure.classList.toggle("actual", target.checked);
+    $(".frame", figure).tabIndex = target.checked ? 0 : -1; // arrow keys scroll what is larger than it
+  });
   const link = $(".download", figure);
   if (download) Object.assign(link, { href: after, download });
   else link.remove();
