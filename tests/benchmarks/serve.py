@@ -60,7 +60,7 @@ from rayscale.serve.batching import F32
 from rayscale.serve.engine import Canvas, Engine, EngineSettings, plan
 
 MARK = f"RAYSCALE_BENCH_{uuid.uuid4().hex}"  # in the environment of every process that is started here, and not in ours
-os.environ |= {MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYSCALE_LOG": "WARNING"}
+os.environ |= {MARK: "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 U8 = NDArray[np.uint8]
 SIZES = {"64": (64, 64), "512": (512, 512), "2mp": (1280, 1600)}
@@ -332,7 +332,7 @@ def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     from ray import serve
 
     from rayscale.registry.models import Registry
-    from rayscale.serve.app import AppArgs, EngineDeployment, GatewayDeployment, build
+    from rayscale.serve.app import AppArgs, build
 
     uri, port = f"sqlite:///{root / 'mlflow.db'}", free_port()
     registry = Registry(uri)
@@ -340,8 +340,6 @@ def tiers(which: str, folder: Path, root: Path) -> Iterator[int]:
     registry.client.set_registered_model_alias("bench", "champion", str(version.version))
     given: dict[str, Any] = {"tracking_uri": uri, "state_uri": str(root / "state"), "cache_dir": str(root / "cache"),
                              "threads": 1, "timeout_s": TIMEOUT_S, "engines": {"tiers": which}}  # fmt: skip
-    for deployment in (GatewayDeployment, EngineDeployment):
-        deployment._deployment_config.max_ongoing_requests = 64
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(AppArgs.model_validate(given)), name="bench", route_prefix="/")
     wait_for(port, "/readyz")
