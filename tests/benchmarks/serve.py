@@ -14,6 +14,8 @@ with what each kind of process takes of the rest. A cell starts after a tenth of
 client run on the same cores as the system: neither is moved out of its way. `floor one`: the same proxy and a FastAPI
 application that reads the body and answers the right bytes without any work; `floor two`: it also asks a second
 deployment, with the bytes that go and come between our tiers. That is Ray Serve's share of an overhead.
+`one_tier_over_least`: our overhead over that of Starlette with a pool of threads and Ray Serve's share together, which
+a busy host moves as it moves ours.
 
 The bare loop takes 1.3 to 1.9 ms within one hour on a shared machine, so it runs before and after every cell, whole
 and in tiles: `*_overhead_ms_12kb` is ours less that, `fraction_of_bare_*` that over ours, the medians over all
@@ -549,6 +551,9 @@ def summary(table: Table, batches: dict[str, Rate]) -> dict[str, Any]:
         put(f"{which}_tier_overhead_ms_12kb", which, "64", lambda c: c.cpu_ms - c.bare_ms)
         put(f"{which}_tier_floor_ms_12kb", f"floor {which}", "64", lambda c: c.cpu_ms)
     put("threads_overhead_ms_12kb", "threads", "64", lambda c: c.cpu_ms - c.bare_ms)
+    if {"one_tier_overhead_ms_12kb", "one_tier_floor_ms_12kb", "threads_overhead_ms_12kb"} <= out.keys():
+        least = out["threads_overhead_ms_12kb"] + out["one_tier_floor_ms_12kb"]
+        out["one_tier_over_least"] = round(out["one_tier_overhead_ms_12kb"] / least, 3)
     for size in ("512", "2mp"):
         put(f"two_tier_overhead_ms_{size}", "two", size, lambda c: c.cpu_ms - c.bare_ms)
     put("two_tier_overhead_ms_2mp_tiled", "two", "2mp", lambda c: c.cpu_ms - c.tiled_ms)
