@@ -579,8 +579,9 @@ def test_starting_waits_for_what_there_is_and_for_nothing_else(tmp_path: Path) -
     asyncio.run(main())
 
 
-def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path) -> None:
-    async def main() -> None:
+@pytest.mark.parametrize("mended", [False, True])
+def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path, mended: bool) -> None:
+    async def main() -> str:
         state = Rollout(now=0.0)
         state.desire(desired(ONE), 0.0)
         state.sync(report("other", ONE), 0.0)
@@ -589,30 +590,15 @@ def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path) -> None:
         start = asyncio.create_task(replica.follower.start(wait_s=0.05, interval_s=0.01))
         await asyncio.sleep(0.3)
         assert not start.done()  # the control, with no other, is the test before
-        state.sync(report("other", ready=False), 0.0)
-        async with asyncio.timeout(2):
-            await start  # nobody answers: now it says why
-        assert "CUDA did not start" in replica.follower.reason
-
-    asyncio.run(main())
-
-
-def test_who_stays_out_comes_in_once_it_is_ready(tmp_path: Path) -> None:
-    async def main() -> None:
-        state = Rollout(now=0.0)
-        state.desire(desired(ONE), 0.0)
-        state.sync(report("other", ONE), 0.0)
-        replica = Replica(state, tmp_path)
-        replica.engine.broken[ONE.digest] = ConfigError("device", "cuda", "CUDA did not start", "mend it")
-        start = asyncio.create_task(replica.follower.start(wait_s=0.0, interval_s=0.01))
-        await asyncio.sleep(0.05)
-        assert not start.done()
-        del replica.engine.broken[ONE.digest]
+        if mended:
+            del replica.engine.broken[ONE.digest]
+        else:
+            state.sync(report("other", ready=False), 0.0)  # nobody answers: now it says why
         async with asyncio.timeout(5):
             await start
-        assert replica.follower.reason == ""
+        return replica.follower.reason
 
-    asyncio.run(main())
+    assert asyncio.run(main()) == ("" if mended else "preparing photos:1; device=cuda: CUDA did not start; mend it")
 
 
 async def never(chunk: Chunk, large: bool) -> Reply:
