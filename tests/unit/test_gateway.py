@@ -329,6 +329,12 @@ def test_what_is_being_decoded_counts_as_the_engines(service: Service) -> None:
     assert service.upscale(png(photo())).status_code == 200
 
 
+def test_a_price_of_codecs_alone_refuses_nobody(service: Service) -> None:
+    """After one slow moment nobody would be let in, and nothing better be learnt."""
+    service.gateway.codec_load.learn(1, 10.0)
+    assert service.upscale(png(photo(200, 300))).status_code == 200
+
+
 def test_a_thread_that_is_late_enters_nothing_for_a_request_that_is_over(service: Service) -> None:
     share = CodecShare(service.gateway.codec_load)
     share.end()

@@ -244,7 +244,7 @@ def test_an_engine_that_has_not_loaded_the_model_is_not_the_last_word(start: Sta
     np.testing.assert_array_equal(asyncio.run(upscale(line.remote, hwc)), doubled(hwc))
     line.engines[0].forget("d")
     line.remote._budget = RetryBudget(reserve=0.0)  # who declines did no work: it is not what the budget is for
-    with pytest.raises(UnavailableError, match="deadline"):
+    with pytest.raises(UnavailableError, match="is not loaded in this replica"):  # why, and not that time is up
         asyncio.run(upscale(line.remote, hwc, timeout_s=0.2))
 
 
@@ -296,6 +296,23 @@ def test_an_answer_to_something_else_is_seen(start: Start, change: dict[str, obj
     line.remote._carry = carry
     with pytest.raises(IntegrityError, match="must be the answer to"):
         asyncio.run(upscale(line.remote, picture(20, 20)))
+
+
+def test_who_waits_for_a_codec_past_the_deadline_is_told_in_time(start: Start) -> None:
+    line, pool, go = start(), Threads(1, "codec"), threading.Event()
+
+    async def main() -> float:
+        pool.submit(go.wait, 20)
+        began = time.monotonic()
+        with pytest.raises(UnavailableError, match="deadline"):
+            await line.remote.run_between("d", pool, lambda: None, lambda timing: None, deadline=began + 0.2)
+        return time.monotonic() - began
+
+    try:
+        assert asyncio.run(main()) < 5
+    finally:
+        go.set()
+        pool.shutdown(wait=True)
 
 
 def test_an_engine_knows_whom_it_works_for(start: Start) -> None:

@@ -121,30 +121,46 @@ def test_an_engine_that_cannot_load_what_is_served_holds_nothing_up() -> None:
     state = serving_one()
     state.desire(desired(TWO), 1.0)
     state.sync(report("a", ONE, TWO), 1.0)
-    state.sync(report("b", ready=False, failed={ONE.digest: "CUDA did not start"}), 1.0)
+    state.sync(report("b", failed={ONE.digest: "CUDA did not start"}), 1.0)
     state.sync(report("a", ONE, TWO), 1.0)
     assert state.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
     pool = state.sync(report("gateway", runs=False), 1.0).pools[""]
     assert (pool.num_engines, pool.failed) == (1, {})
 
 
-def test_engines_of_another_pool_are_no_reason_to_stay_out() -> None:
-    state = Rollout(now=0.0, pools={"rare": ("faces",)})
-    assert not state.sync(report("e", pool="rare", ready=False), 0.0).others
-    state.sync(report("a", ready=True), 0.0)
-    assert not state.sync(report("e", pool="rare", ready=False), 0.0).others
-    state.sync(report("f", pool="rare", ready=True), 0.0)
-    assert state.sync(report("e", pool="rare", ready=False), 0.0).others
+def test_what_an_engine_has_tells_whether_it_answers_and_not_what_it_had() -> None:
+    state = serving_one()
+    state.desire(desired(TWO), 6.0)  # "b" is silent meanwhile
+    state.sync(report("a", ONE, TWO), 6.0)
+    assert state.table.routes == {ROUTE: ((TWO.digest, 1.0),)}
+    state.sync(report("b", ONE, failed={TWO.digest: "out of memory"}), 7.0)
+    state.desire(desired(THREE), 7.0)
+    state.sync(report("a", ONE, TWO, THREE), 7.0)
+    assert state.table.routes == {ROUTE: ((THREE.digest, 1.0),)}
 
 
-def test_while_no_engine_is_ready_all_of_them_are_waited_for() -> None:
-    state = Rollout(now=0.0, stale_s=5.0)
-    state.desire(desired(ONE), 0.0)
-    state.sync(report("a", ready=False), 0.0)
-    state.sync(report("b", ONE, ready=False), 0.0)
-    assert not state.table.routes
-    state.sync(report("a", ONE, ready=False), 0.0)
-    assert state.table.routes == {ROUTE: ((ONE.digest, 1.0),)}
+def test_the_first_version_waits_for_each_engine_that_can() -> None:
+    for said, published in (({}, False), ({ONE.digest: "CUDA did not start"}, True)):
+        state = Rollout(now=0.0, stale_s=5.0)
+        state.desire(desired(ONE), 0.0)
+        state.sync(report("sick", failed=said), 0.0)
+        assert not state.table.routes  # it alone publishes nothing
+        state.sync(report("well", ONE), 0.0)
+        assert bool(state.table.routes) is published
+
+
+def test_who_is_told_that_others_answer() -> None:
+    state = Rollout(now=0.0, stale_s=5.0, pools={"rare": ("faces",)})
+    state.desire(desired(ONE, OTHER), 0.0)
+    assert not state.sync(report("e", pool="rare"), 0.0).others  # nobody does
+    state.sync(report("a", ONE), 0.0)
+    assert not state.sync(report("e", pool="rare"), 0.0).others  # only in another pool
+    assert not state.sync(report("a", ONE), 0.0).others  # none but itself
+    state.sync(report("e", OTHER, pool="rare"), 0.0)
+    assert state.sync(report("f", pool="rare"), 0.0).others
+    restarted = Rollout(state.table, now=10.0, stale_s=5.0, pools={"rare": ("faces",)})
+    assert restarted.sync(report("f", pool="rare"), 11.0).others  # it has not heard them yet
+    assert not restarted.sync(report("f", pool="rare"), 16.0).others
 
 
 def test_a_target_that_moves_on_is_dropped() -> None:
@@ -593,12 +609,34 @@ def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path, mended: boo
         if mended:
             del replica.engine.broken[ONE.digest]
         else:
-            state.sync(report("other", ready=False), 0.0)  # nobody answers: now it says why
+            state.sync(report("other"), 0.0)  # nobody answers: now it says why
         async with asyncio.timeout(5):
             await start
         return replica.follower.reason
 
     assert asyncio.run(main()) == ("" if mended else "preparing photos:1; device=cuda: CUDA did not start; mend it")
+
+
+def test_who_came_in_while_nobody_answered_leaves_once_others_do(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = Rollout(now=0.0)
+        state.desire(desired(ONE), 0.0)
+        replica = Replica(state, tmp_path)
+        replica.engine.broken[ONE.digest] = ConfigError("device", "cuda", "CUDA did not start", "mend it")
+        await replica.follower.start(wait_s=0.05, interval_s=0.01)
+        replica.follower.check()  # somebody must say why
+        state.sync(report("other", ONE), 0.0)
+        await replica.follower.step()
+        with pytest.raises(UnavailableError, match="CUDA did not start; mend it; others answer"):
+            replica.follower.check()
+        del replica.engine.broken[ONE.digest]
+        async with asyncio.timeout(10):
+            while replica.follower.reason:
+                await replica.follower.step()
+                await asyncio.sleep(0.05)
+        replica.follower.check()
+
+    asyncio.run(main())
 
 
 async def never(chunk: Chunk, large: bool) -> Reply:

@@ -81,7 +81,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
     tile_px: int = pydantic.Field(256, ge=16)
     whole_max_px: int = pydantic.Field(512 * 512, ge=1)  # area that runs untiled
     max_bytes: int = pydantic.Field(64 << 20, ge=1)
-    max_held_bytes: int = pydantic.Field(512 << 20, ge=1)  # of the bodies of all requests in a gateway
+    max_held_bytes: int = pydantic.Field(0, ge=0)  # of the bodies of all requests in a gateway; 0: 8 * max_bytes
     max_pixels: int = pydantic.Field(64_000_000, ge=1)
     max_output_pixels: int = pydantic.Field(128_000_000, ge=1)
     max_method_pixels: int = pydantic.Field(4_000_000, ge=1)  # of pictures for classical filters and comparisons
@@ -97,7 +97,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @pydantic.model_validator(mode="after")
     def _holds_one(self) -> Self:
-        if self.max_held_bytes < 2 * self.max_bytes:
+        if 0 < self.max_held_bytes < 2 * self.max_bytes:
             rule = f"must be at least twice max_bytes ({self.max_bytes}): in JSON a picture is a third longer"
             raise ConfigError("args.max_held_bytes", self.max_held_bytes, rule, "raise it, or lower max_bytes")
         return self
@@ -140,7 +140,7 @@ class AppArgs(pydantic.BaseModel, extra="forbid", frozen=True):
             max_output_pixels=self.max_output_pixels,
             max_method_pixels=self.max_method_pixels,
             max_items=self.max_items,
-            max_held_bytes=self.max_held_bytes,
+            max_held_bytes=self.max_held_bytes or 8 * self.max_bytes,
             keys=keys.load(self.api_keys),
             default_model=self.default_model,
             timeout_s=self.timeout_s,
@@ -223,6 +223,7 @@ class EngineReplica:
     async def check_health(self) -> None:
         if self._task.done():
             self._task.result()
+        self._follower.check()
 
 
 class EngineCalls:
@@ -299,6 +300,7 @@ class GatewayReplica:
     async def check_health(self) -> None:
         if self._task is not None and self._task.done():
             self._task.result()
+        self._follower.check()
 
 
 RolloutDeployment = serve.deployment(

@@ -256,6 +256,7 @@ class Queue:
         self.max_batch = max_batch
         self._circle: deque[list[Job]] = deque()  # the jobs of each request
         self._served = 0  # requests at its end that had their turn in the last batch, and want more
+        self._spared = False  # one with a single item had the last batch before its turn
 
     def put(self, job: Job) -> None:
         for jobs in self._circle if job.owner else ():
@@ -269,9 +270,9 @@ class Queue:
         """The next batch: up to max_batch items of one key, one per request and round. Empty when none waits."""
         living = ([job for job in jobs if job.alive(now)] for jobs in self._circle)
         self._circle = deque(jobs for jobs in living if jobs)
-        if len(self._circle) > 1 and (urgent := self._urgent(now)) is not None:
-            self._circle.remove(urgent)
-            self._circle.appendleft(urgent)
+        if len(self._circle) > 1 and (first := self._first(now)) is not None:
+            self._circle.remove(first)
+            self._circle.appendleft(first)
         batch: list[Item] = []
         served: set[int] = set()
         while self._circle and len(batch) < self.max_batch:
@@ -292,10 +293,17 @@ class Queue:
         self._served = len(served)
         return batch
 
-    def _urgent(self, now: float) -> list[Job] | None:
-        """Who is to go first lest he be late; None: nobody, or whose turn it is ends with it."""
-        if _items_left(self._circle[0]) == 1 or now + self.cost_s() <= min(map(_deadline, self._circle)):
+    def _first(self, now: float) -> list[Job] | None:
+        """Who is to go first lest somebody be late; None: nobody would be.
+
+        Every other time one whose last item it is, where there is such: a thumbnail waits for no picture.
+        """
+        if now + self.cost_s() <= min(map(_deadline, self._circle)):
             return None
+        last = next((jobs for jobs in self._circle if _items_left(jobs) == 1), None)
+        self._spared = last is not None and not self._spared
+        if self._spared:
+            return last
         can = [jobs for jobs in self._circle if now + _left_s(jobs) <= _deadline(jobs)]
         return min(can, key=_deadline, default=None)
 

@@ -252,7 +252,8 @@ class Engine:
 
     def take_batches(self) -> Counter[tuple[str, str, int]]:
         """How many runs there were of (digest, provider, items in one) since this was asked last."""
-        taken, self._batches = self._batches, Counter()
+        with self._lock:
+            taken, self._batches = self._batches, Counter()
         return taken
 
     def _count(self, job: Job, *, ok: bool) -> None:
@@ -471,7 +472,8 @@ class Engine:
         finally:
             self._running = None
         now, session = time.monotonic(), batch[0][0].model.session
-        self._batches[session.digest, session.provider, len(batch)] += 1
+        with self._lock:
+            self._batches[session.digest, session.provider, len(batch)] += 1
         share_s = (now - started) / len(batch)
         batch[0][0].learn(share_s)
         alone = len({job.owner or id(job) for job, _ in batch}) == 1

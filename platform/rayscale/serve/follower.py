@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from rayscale import storage
-from rayscale.errors import ConfigError, IntegrityError, RayscaleError
+from rayscale.errors import ConfigError, IntegrityError, RayscaleError, UnavailableError
 from rayscale.observe import log
 from rayscale.serve.engine import Engine, Runner
 from rayscale.serve.meters import Meters
@@ -40,6 +40,7 @@ class Follower(ABC):
         self._failed: dict[str, str] = {}  # digest -> why
         self._unnamed: dict[str, float] = {}  # digest -> since when no table names it
         self._sync_failed = False
+        self._others = False  # engines that answer
 
     @abstractmethod
     def report(self) -> Report:
@@ -70,25 +71,31 @@ class Follower(ABC):
         """
         until = time.monotonic() + wait_s
         while True:
-            others = False
             try:
-                orders = await self.step()
-                if not orders.prepare or not self.reason:
+                if not (await self.step()).prepare or not self.reason:
                     return
-                others = orders.others
             except Exception as error:
                 log.warning("no answer from the rollout yet: %r", error)
             if time.monotonic() >= until:
                 log.error("not ready after %.0f s: %s", wait_s, self.reason)
-                if not others:
+                if not self._others:
                     return
                 until = time.monotonic() + wait_s  # say it again then
             await asyncio.sleep(interval_s)
+
+    def check(self) -> None:
+        """Raises: UnavailableError where this replica only declines what others answer: Serve then starts it anew.
+
+        It came in while none could answer.
+        """
+        if self.reason and self._others:
+            raise UnavailableError("replica", self._replica, self.reason, "others answer; this one starts again")
 
     async def step(self) -> Orders:
         """One report and what follows from its answer."""
         orders = await self._sync(self.report())
         self.held, self.watched, self._published = orders.held, orders.watched, orders.table
+        self._others = orders.others
         self.obey(orders)
         self._adopt(orders)
         self._forget(orders)
@@ -161,7 +168,6 @@ class EngineFollower(Follower):
             self._meters.add("rayscale_tiles_total", runs * items, model=model)
         return Report(
             replica=self._replica,
-            ready=not self.reason,
             pool=self._pool,
             known=self._engine.known(),
             prepared=self._engine.digests,
@@ -224,7 +230,6 @@ class GatewayFollower(Follower):
         return Report(
             replica=self._replica,
             runs=False,
-            ready=not self.reason,
             prepared=self._engine.digests,
             outcomes=self._engine.outcomes(),
             table=self._published,

@@ -181,19 +181,20 @@ class Gateway:
         `units` as in `Engine.cost_s`; `codec_px`: pixels to be read and written.
         """
         load, cost_s, crew = self.codec_load, self.engine.cost_s(digest, units), self.engine.of(digest)
-        codec_s = load.cost_s(codec_px)
-        total_s = cost_s + codec_s
-        if total_s > self.settings.timeout_s:
-            rule = f"takes about {total_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
+        if cost_s > self.settings.timeout_s:
+            rule = f"takes about {cost_s:.0f} s here, requests have {self.settings.timeout_s:.0f} s"
             remedy = "ask for less, or run the model yourself: rayscale upscale IN OUT --model NAME"
             raise TooLargeError("request", what, rule, remedy)
         admission = self._admissions.get(crew) or self._admissions.setdefault(crew, Admission(self.settings.timeout_s))
         now, who, own_s, servers = time.monotonic(), "engine", cost_s, crew.num_engines
+        left_s = deadline - now
+        codec_s = min(
+            load.cost_s(codec_px), max(0.0, left_s - cost_s) / 2
+        )  # no price alone refuses: none would be learnt
         backlog_s = crew.backlog_s() + load.coming_s(crew) / servers
         if codec_px and (waiting_s := load.backlog_s()) > backlog_s:  # where it waits longer
             who, own_s, backlog_s, servers = "codecs", codec_s, waiting_s, load.threads
-        left_s = deadline - now - (total_s - own_s)
-        wait_s = admission.wait_s(own_s, backlog_s, left_s, now, servers)
+        wait_s = admission.wait_s(own_s, backlog_s, left_s - (cost_s + codec_s - own_s), now, servers)
         if wait_s is not None:
             raise BusyError(who, f"backlog {backlog_s:.1f} s", "this request would miss its deadline",
                             "try again later", retry_after_s=wait_s)  # fmt: skip

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -196,6 +197,7 @@ class Lines:
             return reply
         finally:
             self._busy[line.engine] -= 1
+            self._busy += Counter()  # without those that have none
             if reply is None or line.used - line.opened > TERM_S:
                 line.transport.close()
             self._hear(line, chunk.digest, reply)
@@ -245,7 +247,8 @@ class Lines:
         for _ in range(missing):
             offer = Offer(self._host, self._port, secrets.token_bytes(_TOKEN_BYTES))
             self._offered[offer.token] = None
-            call = asyncio.ensure_future(self._borrow(offer))
+            # In no request's context: with that request Ray Serve would end the call, and what others have on its line.
+            call = asyncio.get_running_loop().create_task(self._borrow(offer), context=Context())
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 

@@ -237,9 +237,13 @@ class RemoteEngine:
             rest = pool if look is None else look()
             return rest, begin() if rest is pool else None
 
-        rest, tiled = await loop.run_in_executor(pool, first)
-        if rest is not pool:
-            tiled = await loop.run_in_executor(rest, begin)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                rest, tiled = await loop.run_in_executor(pool, first)
+                if rest is not pool:
+                    tiled = await loop.run_in_executor(rest, begin)
+        except TimeoutError:
+            raise too_late() from None
         if tiled is None:
             return None
         timing = await self.run(digest, tiled.tiles, tiled.place, deadline=deadline)
@@ -270,16 +274,17 @@ class RemoteEngine:
     async def _ask(self, chunk: Chunk, deadline: float) -> Reply:
         """One chunk, asked again where an engine died of it or had to decline. Raises: RayscaleError."""
         dead: set[str] = set()
+        declined: RayscaleError | None = None
         for attempt in itertools.count():
             if self._closed:
                 raise UnavailableError("gateway", "closed", "this replica is going away", "try again")
             if (left_s := deadline - time.monotonic()) <= 0:
-                raise too_late()
+                raise declined or too_late()
             try:
                 async with asyncio.timeout(left_s):
                     reply = await self._carry(replace(chunk, left_s=left_s, asked=ASKED.get()))
             except TimeoutError:
-                raise too_late() from None
+                raise declined or too_late() from None
             except LostError as lost:
                 if lost.engine:
                     dead.add(lost.engine)
@@ -298,6 +303,7 @@ class RemoteEngine:
                     return _checked(reply, chunk)
                 if not reply.declined:
                     raise reply.body
+                declined = reply.body
             await asyncio.sleep(min(1.0, 0.02 * 2**attempt) * random.uniform(0.5, 1.0))
         raise AssertionError  # count() does not end
 

@@ -33,7 +33,6 @@ class Report:
 
     replica: str
     runs: bool = True  # it loads models itself; False: a gateway that asks engines
-    ready: bool = True  # it has what its table names, so it answers
     pool: str = ""  # whose models it runs
     known: Mapping[str, Known] = field(default_factory=dict)  # of an engine, what others need to know of its models
     prepared: frozenset[str] = frozenset()  # digests it can answer with now
@@ -50,7 +49,7 @@ class Orders:
     prepare: tuple[Release, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
     watched: Mapping[str, str] = field(default_factory=dict)  # "name:version" on trial -> how it does
-    others: bool = False  # replicas of its kind are ready: nobody needs this one before it is
+    others: bool = False  # engines of its pool answer: nobody needs this one before it is ready
     pools: Mapping[str, Pool] = field(default_factory=dict)  # for gateways that ask engines
 
 
@@ -141,13 +140,10 @@ class Rollout:
         self._judge(now)
         self._settle(now)
         prepare = self._prepare()
-        others = any(
-            other.ready and (other.runs, other.pool) == (report.runs, report.pool) and name != report.replica
-            for name, (_, other) in self._replicas.items()
-        )
-        orders = Orders(table=self.table, prepare=prepare, held=self.held(), watched=self._watched(), others=others)
+        orders = Orders(table=self.table, prepare=prepare, held=self.held(), watched=self._watched())
         if report.runs:
-            return replace(orders, prepare=tuple(r for r in prepare if self._pool_of(r) == report.pool))
+            own = tuple(release for release in prepare if self._pool_of(release) == report.pool)
+            return replace(orders, prepare=own, others=self._others(report, now))
         named = {release.digest for release in prepare}
         for _, engine in self._replicas.values():
             self._known |= engine.known
@@ -169,10 +165,24 @@ class Rollout:
     def _engines(self, pool: str) -> list[Report]:
         """What those of a pool said last that answer.
 
-        One that cannot even load what is served holds nothing up, unless none can.
+        One that has not even what is served holds nothing up, unless none has.
         """
         engines = [report for _, report in self._replicas.values() if report.runs and report.pool == pool]
-        return [engine for engine in engines if engine.ready] or engines
+        served = self._served(pool)
+        return [engine for engine in engines if served <= engine.prepared] or engines
+
+    def _served(self, pool: str) -> frozenset[str]:
+        """Digests of its champions that the table names."""
+        champions = (shares[0][0] for shares in self.table.routes.values())
+        return frozenset(digest for digest in champions if self._pool_of(self.table.versions[digest]) == pool)
+
+    def _others(self, report: Report, now: float) -> bool:
+        """Whether its pool is served without it, as far as is known: a restarted rollout has not heard them yet."""
+        served = self._served(report.pool)
+        if not served or now < self._publish_from:
+            return bool(served)
+        engines = self._engines(report.pool)
+        return any(served <= engine.prepared and engine.replica != report.replica for engine in engines)
 
     def held(self) -> dict[str, str]:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""
@@ -318,9 +328,13 @@ class Rollout:
                 self._watch(route, canary.release.digest, shares[0][0], now, canary.key)
 
     def _is_ready(self, release: Release) -> bool:
-        """Whether every live engine of its pool has prepared it."""
-        engines = self._engines(self._pool_of(release))
-        return bool(engines) and all(release.digest in engine.prepared for engine in engines)
+        """Whether every live engine of its pool has prepared it; of a pool's first, whether each that can has."""
+        pool, digest = self._pool_of(release), release.digest
+        engines = self._engines(pool)
+        lacking = [engine for engine in engines if digest not in engine.prepared]
+        if self._served(pool):
+            return bool(engines) and not lacking
+        return len(lacking) < len(engines) and all(digest in engine.failed for engine in lacking)
 
     def _holds(self, route: str, rollback: Rollback) -> bool:
         """Whether what was rolled back stays so: until its alias moves, or another canary is started."""

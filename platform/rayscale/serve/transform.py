@@ -45,9 +45,11 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
 
     def begin() -> Canvas | None:
         work = cut(looked.pop(), gateway.settings.limits)
-        share.decoded()
         begun.append(work)
-        return work.canvas if isinstance(work.canvas, Canvas) else None
+        if not isinstance(work.canvas, Canvas):
+            return None  # of 16 bits: the engine gets some tiles at a time
+        share.decoded()
+        return work.canvas
 
     def end() -> Answer:
         return _finish(gateway, begun[0], finish, {**gateway.about(release), "tiling": begun[0].plan.tiling})
