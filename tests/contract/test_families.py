@@ -339,7 +339,7 @@ def test_every_other_exact_recipe_tiles_exactly(key: str, tmp_path: Path) -> Non
     recipe, function = EXACT_OTHERS[key], key.rpartition("/")[2]
     module = recipe.task.shipped(recipe.task.build(CPU))[function]
     to_onnx(module, card_of(recipe, function), tmp_path / "model")
-    check_any_size(randomised(tmp_path / "model", module), examples=4, strips_only=True)
+    check_any_size(randomised(tmp_path / "model", module), examples=1, strips_only=True)
 
 
 @families

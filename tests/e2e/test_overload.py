@@ -16,7 +16,7 @@ import pytest
 
 E2E = runpy.run_path(str(Path(__file__).parent / "test_serve.py"))
 served, Served = E2E["served"], E2E["Served"]
-TIMEOUT_S, SECONDS = 4.0, 16.0
+TIMEOUT_S, SECONDS = 4.0, 10.0
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
