@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayscale.errors import ConfigError, RayscaleError, UnavailableError
+from rayscale.observe import ASKED, Asked
 from rayscale.serve import lines
 from rayscale.serve.lines import Lines, Offer
 from rayscale.serve.remote import Chunk, LostError, Reply
@@ -305,6 +306,26 @@ def test_an_engine_that_declines_gets_no_more_for_a_while(names: tuple[str, ...]
     on_lines(engines, work)
     pauses = 12 + (time.monotonic() - began)  # all at once at first, then while they grow, then once a second
     assert 1 <= engines.declines <= 12 + pauses
+
+
+def test_a_call_is_of_no_request() -> None:
+    """Ray Serve ends the calls of a request that is cancelled, and with a line's call what others have on it."""
+    engines, seen = Engines(), list[Asked]()
+    lend = engines.lend
+
+    async def noted(offer: Offer) -> None:
+        seen.append(ASKED.get())
+        await lend(offer)
+
+    engines.lend = noted  # type: ignore[method-assign]
+
+    async def work(gateway: Lines) -> None:
+        ASKED.set(Asked("abc"))
+        await gateway.carry(chunk())
+        assert ASKED.get() == Asked("abc")  # the control: it is this request's own context
+
+    on_lines(engines, work)
+    assert seen == [Asked()]
 
 
 def test_where_all_decline_they_are_asked_again() -> None:

@@ -518,6 +518,25 @@ def test_what_others_have_still_to_decode_counts(
     assert asyncio.run(main()) == [200, status]
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_a_deep_picture_has_still_to_run_counts(service: Any, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """Of 16 bits the engine gets some tiles at a time, of 8 all of them: they are its own to count then."""
+    monkeypatch.setattr(service.engine, "cost_s", lambda digest, units: 35.0)
+    coming: list[float] = []
+    run = service.engine._run
+
+    def noted(batch: Any) -> None:
+        coming.append(service.gateway.codec_load.coming_s(service.engine))
+        run(batch)
+
+    monkeypatch.setattr(service.engine, "_run", noted)
+    pixels = photo(150, 150).astype(np.uint16) * 257 if bits == 16 else photo(150, 150)
+    answer = post(service, "/v1/upscale", content=png(pixels))
+    assert answer.status_code == 200, answer.text
+    assert set(coming) == {35.0 if bits == 16 else 0.0}
+    assert service.gateway.codec_load.coming_s(service.engine) == 0.0
+
+
 def test_files_are_opened_once_and_no_more_of_them_than_are_read(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
     lazily = imaging.open_lazily

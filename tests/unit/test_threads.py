@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError, wait
 
@@ -59,10 +60,15 @@ def test_the_thread_that_was_busy_last_is_the_next() -> None:
     with Threads(3, "t") as pool:
         together = threading.Barrier(3)
         wait([pool.submit(together.wait, 10) for _ in range(3)])  # all three exist
+
+        def rest() -> None:
+            while len(pool._idle) < 3:  # a task's end is told before its thread is idle
+                time.sleep(0)
+
+        rest()
         last = pool.submit(threading.current_thread).result(10)
         for _ in range(20):
-            while last not in pool._idle:  # its task's end is told before it is idle
-                pass
+            rest()
             assert pool.submit(threading.current_thread).result(10) is last
 
 

@@ -74,6 +74,7 @@ class CodecLoad:
         return sum(seconds for whose, seconds in self.engine_s.copy().values() if whose is crew)
 
     def learn(self, pixels: int, seconds: float) -> None:
+        """Correct the price by one request that has ended."""
         self._seconds_per_px = learnt(self._seconds_per_px, seconds / pixels)
 
 

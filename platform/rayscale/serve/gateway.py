@@ -188,9 +188,8 @@ class Gateway:
         admission = self._admissions.get(crew) or self._admissions.setdefault(crew, Admission(self.settings.timeout_s))
         now, who, own_s, servers = time.monotonic(), "engine", cost_s, crew.num_engines
         left_s = deadline - now
-        codec_s = min(
-            load.cost_s(codec_px), max(0.0, left_s - cost_s) / 2
-        )  # no price alone refuses: none would be learnt
+        # No price of codecs alone refuses: where nobody is let in, none is learnt.
+        codec_s = min(load.cost_s(codec_px), max(0.0, left_s - cost_s) / 2)
         backlog_s = crew.backlog_s() + load.coming_s(crew) / servers
         if codec_px and (waiting_s := load.backlog_s()) > backlog_s:  # where it waits longer
             who, own_s, backlog_s, servers = "codecs", codec_s, waiting_s, load.threads

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from rayscale.registry.models import Registry
 
 TABLE = "table.json"
-PATIENCE_S = (
-    3.0  # whoever asks early waits so long for the registry, then the kept table serves; below a sync's timeout
-)
+PATIENCE_S = 3.0  # whoever asks early waits so long for the registry, then the kept table serves; less than a sync may
 
 
 class Source(Protocol):

@@ -33,7 +33,6 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
     deadline, spans = gateway.deadline(), dict[str, float]()
     looked: list[Looked] = []
     begun: list[Work] = []
-
     share, codec_px = CodecShare(gateway.codec_load), 0
 
     def first() -> bool:
