@@ -139,6 +139,42 @@ def test_what_an_engine_has_tells_whether_it_answers_and_not_what_it_had() -> No
     assert state.table.routes == {ROUTE: ((THREE.digest, 1.0),)}
 
 
+def test_who_has_most_of_what_is_served_answers() -> None:
+    state = serving_one()
+    state.desire(desired(ONE, OTHER), 1.0)
+    for name in ("a", "b"):  # "b" is of `serving_one`: both are heard
+        state.sync(report(name, ONE, OTHER), 1.0)
+    assert state.table.routed == {ONE.digest, OTHER.digest}
+
+    def others(*prepared: Release, **known: tuple[Release, ...]) -> bool:
+        """Whether an engine that has `prepared` is told that others answer more."""
+        fresh = Rollout(state.table, now=0.0, stale_s=5.0)
+        for name, has in known.items():
+            fresh.sync(report(name, *has), 6.0)
+        return fresh.sync(report("me", *prepared), 6.0).others
+
+    assert others(ONE, a=(ONE, OTHER))
+    assert others(a=(ONE,))  # it can do nothing, another something
+    assert not others(ONE, a=(ONE,))  # the other version is damaged for all of them
+    assert not others(ONE, a=(OTHER,))  # each is needed
+    assert not others(ONE, a=(ONE, TWO))  # nobody asks for that one
+    assert not others(ONE, OTHER, a=(ONE, OTHER))
+
+
+def test_a_new_version_waits_for_no_engine_that_can_do_less() -> None:
+    state = serving_one()
+    state.desire(desired(ONE, OTHER), 1.0)
+    for name in ("a", "b"):
+        state.sync(report(name, ONE, OTHER), 1.0)
+    damaged = {OTHER.digest: "digest: expected y"}
+    state.desire(desired(TWO, OTHER), 20.0)  # all were replaced meanwhile, and one version is damaged
+    state.sync(report("c", ONE, failed=damaged), 20.0)
+    state.sync(report("sick", failed={ONE.digest: "CUDA did not start", **damaged}), 20.0)
+    assert state.table.routes[ROUTE] == ((ONE.digest, 1.0),)
+    state.sync(report("c", ONE, TWO, failed=damaged), 20.0)
+    assert state.table.routes[ROUTE] == ((TWO.digest, 1.0),)
+
+
 def test_the_first_version_waits_for_each_engine_that_can() -> None:
     for said, published in (({}, False), ({ONE.digest: "CUDA did not start"}, True)):
         state = Rollout(now=0.0, stale_s=5.0)
@@ -438,7 +474,7 @@ class FakeMeters:
 class Replica:
     """A follower on fakes, in step with a rollout whose clock stands still."""
 
-    def __init__(self, state: Rollout, folder: Path, grace_s: float = 0.0) -> None:
+    def __init__(self, state: Rollout, folder: Path, grace_s: float = 0.0, name: str = "r") -> None:
         self.state, self.engine, self.meters, self.away = state, FakeEngine(), FakeMeters(), False
         self.fetched: list[str] = []
 
@@ -453,7 +489,7 @@ class Replica:
             return state.sync(said, 0.0)
 
         self.follower = EngineFollower(
-            "r", self.engine, sync, fetch, ThreadPoolExecutor(1), self.meters, grace_s=grace_s  # type: ignore[arg-type]
+            name, self.engine, sync, fetch, ThreadPoolExecutor(1), self.meters, grace_s=grace_s  # type: ignore[arg-type]
         )  # fmt: skip
 
     async def steps(self, count: int = 6) -> None:
@@ -467,6 +503,9 @@ def test_a_replica_is_ready_once_it_has_prepared_its_table(tmp_path: Path) -> No
         state = Rollout(now=0.0)
         replica = Replica(state, tmp_path)
         assert replica.follower.reason
+        await replica.follower.step()
+        assert "the registry has not answered yet" in replica.follower.reason
+        state.desire(desired(), 0.0)
         await replica.follower.step()
         assert "no model is promoted" in replica.follower.reason
         state.desire(desired(ONE), 0.0)
@@ -615,6 +654,51 @@ def test_who_is_not_ready_stays_out_while_others_are(tmp_path: Path, mended: boo
         return replica.follower.reason
 
     assert asyncio.run(main()) == ("" if mended else "preparing photos:1; device=cuda: CUDA did not start; mend it")
+
+
+def test_what_is_damaged_takes_nothing_else_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All replicas start anew, and one of two champions cannot be loaded."""
+    monkeypatch.setattr(follower_module, "RETRY_FIRST_S", 0.2)
+    table = Table(
+        generation=3,
+        routes={ROUTE: ((ONE.digest, 1.0),), "faces@champion": ((OTHER.digest, 1.0),)},
+        versions={r.digest: r for r in (ONE, OTHER)},
+    )
+
+    async def main() -> None:
+        state = Rollout(table, now=-10.0)
+        state.desire(desired(ONE, OTHER), 0.0)
+        first, second, third = (Replica(state, tmp_path, name=name) for name in ("first", "second", "third"))
+        for replica in (first, second):
+            replica.engine.broken[OTHER.digest] = IntegrityError("digest", "x", "expected y", "fetch again")
+        async with asyncio.timeout(5):
+            await first.follower.start(wait_s=30, interval_s=0.01)
+            assert first.engine.digests == {ONE.digest}  # it has tried both
+            await second.follower.start(wait_s=30, interval_s=0.01)  # who can do as much comes in as well
+        for replica in (first, second):
+            assert list(replica.follower.held) == ["faces@champion"]
+            assert "expected y" in replica.follower.held["faces@champion"]
+            assert replica.follower.table.pick(ROUTE, 0.0) == ONE
+            replica.follower.check()
+        await third.follower.start(wait_s=30, interval_s=0.01)  # and one that can do more
+        assert (third.follower.held, third.engine.digests) == ({}, {ONE.digest, OTHER.digest})
+        fourth = Replica(state, tmp_path, name="fourth")  # then no more that can do less
+        fourth.engine.broken = dict(second.engine.broken)
+        start = asyncio.create_task(fourth.follower.start(wait_s=0.05, interval_s=0.01))
+        await asyncio.sleep(0.3)
+        assert not start.done()
+        await first.follower.step()
+        first.follower.check()  # what it answers it goes on answering
+        for replica in (first, fourth):
+            replica.engine.broken.clear()
+        async with asyncio.timeout(10):
+            await start
+            while first.follower.held:
+                await first.follower.step()
+                await asyncio.sleep(0.05)
+        assert fourth.follower.held == {}
+
+    asyncio.run(main())
 
 
 def test_who_came_in_while_nobody_answered_leaves_once_others_do(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import runpy
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -516,6 +517,33 @@ def test_what_others_have_still_to_decode_counts(
             return [(await first).status_code, second.status_code]
 
     assert asyncio.run(main()) == [200, status]
+
+
+@pytest.mark.parametrize(("busy", "status"), [(True, 503), (False, 200)])
+def test_what_waits_for_codecs_has_a_deadline_as_well(service: Any, busy: bool, status: int) -> None:
+    service.gateway.settings = replace(service.gateway.settings, timeout_s=1.0)
+    go = threading.Event()
+
+    async def main() -> list[int]:
+        async with service.client() as client:
+            if busy:
+                for _ in range(service.gateway.settings.codec_threads):
+                    service.gateway._codecs.start(lambda: go.wait(20) and None)
+            asked = [("/v1/embed", {"content": png(photo())}), ("/v1/generate", {"json": {"seed": 1}})]
+            asked.append(("/v1/upscale?method=bicubic", {"content": png(photo())}))
+            answers = await asyncio.gather(*(client.post(route, **body) for route, body in asked))
+            for answer in answers:
+                assert busy is ("deadline" in answer.text), answer.text
+            return [answer.status_code for answer in answers]
+
+    async def timed() -> list[int]:
+        async with asyncio.timeout(10):
+            return await main()
+
+    try:
+        assert asyncio.run(timed()) == [status] * 3
+    finally:
+        go.set()
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -334,4 +334,4 @@ def _deadline(jobs: Sequence[Job]) -> float:
 
 
 def too_late() -> RayscaleError:
-    return UnavailableError("request", "deadline", "passed before its tiles were run", "try again later")
+    return UnavailableError("request", "deadline", "passed before the work was done", "try again later")

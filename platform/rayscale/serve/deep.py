@@ -58,8 +58,8 @@ async def run(gateway: Gateway, canvas: DeepCanvas, digest: str, output: str, de
     """Every tile of the canvas. Raises: as `Engine.call`."""
 
     async def tile(ask: Ask, index: int) -> None:
-        inputs, _ = await gateway.codec(canvas.inputs, index)
+        inputs, _ = await gateway.codec(deadline, canvas.inputs, index)
         outputs = await ask(inputs)
-        await gateway.codec(canvas.place, index, outputs[output])
+        await gateway.codec(deadline, canvas.place, index, outputs[output])
 
     return await calls.run(gateway.engine, digest, tile, len(canvas.plan.tiles), deadline)

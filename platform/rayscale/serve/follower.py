@@ -65,7 +65,7 @@ class Follower(ABC):
     async def start(self, wait_s: float, interval_s: float) -> None:
         """Return when ready to answer, or when there is nothing to get ready.
 
-        Also after `wait_s` where no other replica is ready either, so that clients are told why. While others are, it
+        Also after `wait_s` where no other replica can do more, so that clients are told why. While others can, it
         stays out however long that takes: one that only declines is done at once with each request, so it would look
         the least busy of all and get most of them.
         """
@@ -102,12 +102,16 @@ class Follower(ABC):
         return orders
 
     def _adopt(self, orders: Orders) -> None:
-        """A table serves when all of it is here; of several pools, those that are late hold no other up."""
+        """A table serves when all of it is here, or has been tried: what is damaged takes nothing else with it.
+
+        Of several pools, those that are late hold no other up.
+        """
         table = orders.table.without_canaries(self._engine.digests)
         missing = table.routed.intersection(r.digest for r in orders.prepare) - self._engine.digests  # of what is ours
-        pools = [pool.digests for pool in orders.pools.values()] or [table.routed]
-        late = frozenset[str]().union(*(digests for digests in pools if digests & missing))
         failed = {digest: why for pool in orders.pools.values() for digest, why in pool.failed.items()}
+        tried = failed.keys() if orders.others else failed.keys() | self._failed.keys()
+        pools = [pool.digests for pool in orders.pools.values()] or [table.routed]
+        late = frozenset[str]().union(*(of & missing if of & missing <= tried else of for of in pools))
 
         def waiting(wanted: frozenset[str]) -> str:
             versions, whys = {**self.table.versions, **orders.table.versions}, {**failed, **self._failed}
@@ -125,7 +129,8 @@ class Follower(ABC):
             self.reason = waiting(wanted)
         else:
             held = "; ".join(f"{route}: {why}" for route, why in sorted(orders.held.items()))
-            self.reason = held or "no model is promoted yet: no alias that this application follows exists"
+            none = "no model is promoted yet: no alias that this application follows exists"
+            self.reason = held or (none if orders.heard else "the registry has not answered yet, and no table is kept")
 
     def _forget(self, orders: Orders) -> None:
         named = {r.digest for r in orders.prepare} | set(orders.table.versions) | set(self.table.versions)

@@ -19,7 +19,7 @@ from rayscale.errors import ConfigError, MissingError, TooLargeError, Unavailabl
 from rayscale.imaging import Limits
 from rayscale.serve.access import AccessLog
 from rayscale.serve.admission import Admission, CodecLoad
-from rayscale.serve.batching import Timing
+from rayscale.serve.batching import Timing, too_late
 from rayscale.serve.body import Held
 from rayscale.serve.course import Begin, Tiled
 from rayscale.serve.engine import Crew, Runner
@@ -204,9 +204,13 @@ class Gateway:
 
     # threads
 
-    async def codec(self, work: Callable[..., T], *args: Any) -> tuple[T, float]:
-        """`work(*args)` in a thread for codecs; its result and its seconds."""
-        return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
+    async def codec(self, deadline: float, work: Callable[..., T], *args: Any) -> tuple[T, float]:
+        """`work(*args)` in a thread for codecs; its result and its seconds. Raises: UnavailableError when too late."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):  # what has not begun by then never does
+                return await asyncio.get_running_loop().run_in_executor(self._codecs, _timed, work, args)
+        except TimeoutError:
+            raise too_late() from None
 
     async def made(
         self,

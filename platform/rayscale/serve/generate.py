@@ -100,7 +100,7 @@ async def generate(gateway: Gateway, ask: GenerateRequest, release: Release, for
     deadline = gateway.deadline()
     card = gateway.card(release, "generate")
     seed = secrets.randbelow(2**53) if ask.seed is None else ask.seed
-    inputs, latent_s = await gateway.codec(inputs_of, card, ask, seed)
+    inputs, latent_s = await gateway.codec(deadline, inputs_of, card, ask, seed)
     gateway.admit(release.digest, ask.n, deadline, f"{ask.n} pictures")
     pictures: dict[int, F32] = {}
     most = SAMPLES if stacks(card.spec) else 1
@@ -113,7 +113,7 @@ async def generate(gateway: Gateway, ask: GenerateRequest, release: Release, for
     timing = await calls.run(gateway.engine, release.digest, some, -(-ask.n // most), deadline)
     media = ask.output_format if form.as_json else form.media
     encoded, encode_s = await gateway.codec(
-        _encode, [pictures[i] for i in range(len(pictures))], media, gateway.settings.quality
+        deadline, _encode, [pictures[i] for i in range(len(pictures))], media, gateway.settings.quality
     )
     gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
     spans = {"latents": latent_s, "queue": timing.queue_s, "infer": timing.run_s, "encode": encode_s}
@@ -122,7 +122,7 @@ async def generate(gateway: Gateway, ask: GenerateRequest, release: Release, for
         return Answer(body=encoded[0], media_type=form.media_type, headers=headers)
     each = [{"index": ask.first + i} for i in range(ask.n)]
     about = {**gateway.about(release), "seed": seed}
-    body, _ = await gateway.codec(pictures_json, encoded, media, about, each)
+    body, _ = await gateway.codec(deadline, pictures_json, encoded, media, about, each)
     return Answer(body=body, media_type=form.media_type, headers=headers)
 
 

@@ -48,8 +48,9 @@ class Orders:
     table: Table
     prepare: tuple[Release, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # route -> why it does not follow its alias
+    heard: bool = True  # the registry has answered
     watched: Mapping[str, str] = field(default_factory=dict)  # "name:version" on trial -> how it does
-    others: bool = False  # engines of its pool answer: nobody needs this one before it is ready
+    others: bool = False  # engines of its pool answer what it cannot: nobody needs it before it is ready
     pools: Mapping[str, Pool] = field(default_factory=dict)  # for gateways that ask engines
 
 
@@ -140,7 +141,8 @@ class Rollout:
         self._judge(now)
         self._settle(now)
         prepare = self._prepare()
-        orders = Orders(table=self.table, prepare=prepare, held=self.held(), watched=self._watched())
+        heard = self._desired is not None
+        orders = Orders(table=self.table, prepare=prepare, held=self.held(), heard=heard, watched=self._watched())
         if report.runs:
             own = tuple(release for release in prepare if self._pool_of(release) == report.pool)
             return replace(orders, prepare=own, others=self._others(report, now))
@@ -163,13 +165,12 @@ class Rollout:
         return pool_of(release.name, self._pools)
 
     def _engines(self, pool: str) -> list[Report]:
-        """What those of a pool said last that answer.
-
-        One that has not even what is served holds nothing up, unless none has.
-        """
+        """What those of a pool said last that answer: who has less of what is served than another holds nothing up."""
         engines = [report for _, report in self._replicas.values() if report.runs and report.pool == pool]
         served = self._served(pool)
-        return [engine for engine in engines if served <= engine.prepared] or engines
+        had = {served & engine.prepared for engine in engines}
+        most = {one for one in had if not any(one < other for other in had)}
+        return [engine for engine in engines if served & engine.prepared in most]
 
     def _served(self, pool: str) -> frozenset[str]:
         """Digests of its champions that the table names."""
@@ -177,12 +178,11 @@ class Rollout:
         return frozenset(digest for digest in champions if self._pool_of(self.table.versions[digest]) == pool)
 
     def _others(self, report: Report, now: float) -> bool:
-        """Whether its pool is served without it, as far as is known: a restarted rollout has not heard them yet."""
+        """Whether others answer more than it can, as far as is known: a restarted rollout has not heard them yet."""
         served = self._served(report.pool)
         if not served or now < self._publish_from:
             return bool(served)
-        engines = self._engines(report.pool)
-        return any(served <= engine.prepared and engine.replica != report.replica for engine in engines)
+        return any(served & report.prepared < served & engine.prepared for engine in self._engines(report.pool))
 
     def held(self) -> dict[str, str]:
         """Routes that do not follow their alias yet, and why: what failed, or who is still preparing."""

@@ -62,7 +62,7 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
             assert isinstance(work.canvas, DeepCanvas)
             timing = await deep.run(gateway, work.canvas, release.digest, work.spec.outputs[0].name, deadline)
             spans["queue"], spans["infer"] = timing
-            answer, spans["encode"] = await gateway.codec(end)
+            answer, spans["encode"] = await gateway.codec(deadline, end)
     finally:
         share.end()
     if codec_px:
@@ -80,7 +80,7 @@ async def by_model(gateway: Gateway, body: Body, release: Release, role: Role, f
 async def by_method(gateway: Gateway, body: Body, method: str, role: Role, scale: int, finish: Finish) -> Answer:
     """The answer of a classical method, with its default settings, on 8 bits."""
     deadline = gateway.deadline()
-    (files, pixels), _ = await gateway.codec(_looked, gateway, body, method, role, scale)
+    (files, pixels), _ = await gateway.codec(deadline, _looked, gateway, body, method, role, scale)
     kind = f"{method} {finish.format.media}"
     answer, seconds = await gateway.slow(
         kind, pixels * scale**2, deadline, _filter, gateway, files, method, role, scale, finish

@@ -32,13 +32,13 @@ EMBED_PX = 512  # the longer side that a model of any size is shown, unless `sid
 async def embed(gateway: Gateway, body: Body, release: Release, side_px: int) -> Answer:
     """A vector a picture, in their order."""
     deadline = gateway.deadline()
-    pictures, decode_s = await gateway.codec(_decode_all, gateway, body, release, side_px)
+    pictures, decode_s = await gateway.codec(deadline, _decode_all, gateway, body, release, side_px)
     names = [t.name for t in gateway.card(release, "embed").spec.outputs]
     found, timing = await _vectors(gateway, release, pictures, deadline)
     gateway.meters.add("rayscale_queue_seconds", timing.queue_s, model=release.name)
     spans = {"decode": decode_s, "queue": timing.queue_s, "infer": timing.run_s}
     headers = {**gateway.headers(release), "Server-Timing": timing_header(spans)}
-    text, _ = await gateway.codec(_embeddings_json, gateway.about(release), names, found)
+    text, _ = await gateway.codec(deadline, _embeddings_json, gateway.about(release), names, found)
     return Answer(body=text, media_type=JSON, headers=headers)
 
 
@@ -127,7 +127,7 @@ async def similarity(
 ) -> Answer:
     """What each pair has in common. `measures`: none stands for all that apply; cosine is there with a `release`."""
     deadline = gateway.deadline()
-    pairs, read_s = await gateway.codec(_read_pairs, gateway, body)
+    pairs, read_s = await gateway.codec(deadline, _read_pairs, gateway, body)
     rows: list[dict[str, Any]] = []
     spans = {"decode": read_s, "compare": 0.0, "queue": 0.0, "infer": 0.0}
     for index, pair in enumerate(pairs):
@@ -138,7 +138,7 @@ async def similarity(
         spans["compare"] += seconds
         if release is not None:
             spec = gateway.card(release, "embed").spec
-            pictures = [(await gateway.codec(shown, spec, rgb, side_px))[0] for rgb in (a, b)]
+            pictures = [(await gateway.codec(deadline, shown, spec, rgb, side_px))[0] for rgb in (a, b)]
             vectors, timing = await _vectors(gateway, release, pictures, deadline)
             found["cosine"] = cosine(*(v[spec.outputs[0].name][0].astype(np.float64) for v in vectors))
             spans["queue"], spans["infer"] = spans["queue"] + timing.queue_s, spans["infer"] + timing.run_s
