@@ -362,6 +362,16 @@ def test_several_models_need_a_name_or_a_default(make: Callable[..., Service]) -
     service = make(default_model="photos")
     service.routing.table = FakeRouting(service.release, other).table
     assert service.upscale(png(photo())).status_code == 200
+    service = make(default_model="dusk")
+    assert service.upscale(png(photo())).status_code == 200  # not promoted, and another is the only one
+    is_problem(
+        service.ask("POST", "/v1/upscale?scale=4", content=b"x"),
+        404,
+        "by 4",
+        "dusk@champion, the default, is not promoted",
+    )
+    service.routing.table = FakeRouting(service.release, other).table
+    is_problem(service.upscale(png(photo())), 400, "faces@champion", "dusk@champion, the default, is not promoted")
 
 
 def test_a_model_of_another_kind_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,14 +145,17 @@ class Gateway:
         fitting = [r for r, card in cards.items() if card and _fits(card.spec, role, scale)]
         fitting = fitting or [r for r, card in cards.items() if card is None]  # of a pool that is late
         wanted = route_of(self.settings.default_model) if self.settings.default_model else ""
-        if wanted and (wanted in fitting or cards.get(wanted) is None):  # it may be late itself, or not promoted
+        if wanted in fitting or (
+            wanted in cards and cards[wanted] is None
+        ):  # nothing stands in for it while it is late
             fitting = [wanted]
+        absent = f"; {wanted}, the default, is not promoted" if wanted and wanted not in cards else ""
         if not fitting:
-            by = f" by {scale}" if scale else ""
-            raise MissingError("model", "(none)", f"no model that is for {role}{by} is served here", "see /v1/models")
+            rule = f"no model that is for {role}{f' by {scale}' if scale else ''} is served here{absent}"
+            raise MissingError("model", "(none)", rule, "see /v1/models")
         if len(fitting) > 1:
-            raise ConfigError("model", "(none)", "several models are served for this and none is the default",
-                              nearest("", fitting))  # fmt: skip
+            rule = f"several models are served for this and none is the default{absent}"
+            raise ConfigError("model", "(none)", rule, nearest("", fitting))
         if all(cards.values()):
             known[key] = fitting[0]
         return fitting[0]
