@@ -203,7 +203,7 @@ class Gateway:
 
     def _backlog_s(self) -> float:
         """Of whoever has most to do."""
-        return max((crew.backlog_s() for crew in [*self._admissions]), default=0.0)
+        return max([self.codec_load.backlog_s(), *(crew.backlog_s() for crew in [*self._admissions])])
 
     # threads
 
