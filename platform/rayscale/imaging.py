@@ -191,9 +191,13 @@ def open_lazily(data: bytes, limits: Limits, name: str, *, unpack_px: int | None
         picture = _READERS[kind](io.BytesIO(lean))
         picture.decodermaxblock = _BLOCK
         frames, orientation = _frames(picture), _orientation(picture)
+        apart = False
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             bits = int(max(picture.tag_v2.get(258, (1,))))
+            apart = bits > 8 and not _interleaved(lean)
         alpha = picture.has_transparency_data
+    if apart:  # OpenCV would leave two thirds of the pixels as it finds the memory, Pillow takes the wrong bytes
+        raise ImageError(name, f"TIFF, {bits} bits in planes", "they are read interleaved", "save it so, or as PNG")
     width, height = picture.size if orientation < 5 else picture.size[::-1]
     _check_size(width, height, limits, name)
     header = Header(format=kind, width=width, height=height, mode=picture.mode, frames=frames, bits=bits, alpha=alpha)
@@ -268,6 +272,21 @@ def ppm_header(data: bytes) -> tuple[int, int]:
     return header.end(), int(header[3])
 
 
+def _interleaved(tiff: bytes) -> bool:
+    """Whether nothing in the first directory says otherwise, however oddly. Pillow has read it, so it is there."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    entries = (tiff[at : at + 10] for at in range(start + 2, start + 2 + 12 * count, 12))
+    tag, interleaved = struct.pack(order + "H", 284), struct.pack(order + "HHIH", 284, 3, 1, 1)
+    return all(entry == interleaved for entry in entries if entry[:2] == tag)
+
+
+def is_negative(picture: ImageFile) -> bool:
+    """Whether 0 is white, which Pillow turns at 8 bits only."""
+    return isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.tag_v2.get(262) == 0
+
+
 def _frames(picture: ImageFile) -> int:
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         return 2 if picture.tag_v2.next else 1  # a hostile file chains millions of pages: not counted
@@ -304,6 +323,7 @@ UPRIGHT: dict[
 def _to_rgb(picture: ImageFile) -> U8:
     if picture.mode.startswith("I"):  # 16-bit gray: Pillow would clip at 255 instead of scaling
         gray = np.clip(np.asarray(picture).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
+        gray = 255 - gray if is_negative(picture) else gray
         return np.repeat(gray[:, :, None], 3, axis=2)
     picture.load()
     flat: Image.Image = picture

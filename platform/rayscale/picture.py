@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from rayscale import containers, imaging
 from rayscale.errors import ImageError
@@ -70,8 +71,9 @@ def to_u16(unit_f32: F32) -> Samples:
 def decode(data: bytes, limits: Limits = _LIMITS, name: str = "image") -> Picture:
     """All of it: 16 bits stay, alpha stays, an RGB profile is kept, one of gray or CMYK applied. Upright by EXIF.
 
-    CMYK and other rare 16-bit pictures become 8 bits. Raises: as `imaging.decode_rgb`; ImageError for animations,
-    pages, and depths other than 1 .. 8 and 16 bits.
+    A profile of 16-bit gray is applied as a curve through its 256 levels of 8 bits. CMYK and other rare 16-bit
+    pictures become 8 bits. Raises: as `imaging.decode_rgb`; ImageError for animations, pages, and depths other than
+    1 .. 8 and 16 bits.
     """
     return decode_opened(imaging.open_lazily(data, limits, name))
 
@@ -108,7 +110,10 @@ def _shallow(picture: ImageFile) -> Picture:
     flat: Image.Image = picture
     profile = picture.info.get("icc_profile") or b""
     alpha = None
-    if picture.has_transparency_data:
+    if picture.has_transparency_data and picture.mode in ("L", "LA"):
+        flat, hidden = picture.convert("LA").split()
+        alpha = np.array(hidden)
+    elif picture.has_transparency_data:
         rgba = np.asarray(picture.convert("RGBA"))
         flat, alpha = Image.fromarray(rgba[..., :3]), rgba[..., 3]
     if profile[16:20] != b"RGB ":
@@ -139,7 +144,11 @@ def _deep(data: bytes, picture: ImageFile, header: Header) -> Picture:
     found = found.reshape(*found.shape[:2], -1)
     alpha = None
     if found.shape[2] == 4:
-        rgb, alpha = cv2.cvtColor(found, cv2.COLOR_BGRA2RGB), found[..., 3]
+        rgb = cv2.cvtColor(found, cv2.COLOR_BGRA2RGB)
+        if header.alpha:  # else nobody says what the fourth channel is
+            alpha = found[..., 3]
+        if _is_premultiplied(picture):
+            _divide(rgb, found[..., 3])
     elif found.shape[2] == 3:
         rgb = cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
     else:
@@ -147,8 +156,33 @@ def _deep(data: bytes, picture: ImageFile, header: Header) -> Picture:
         hidden = picture.info.get("transparency")  # one level of gray, which OpenCV does not look at
         if isinstance(hidden, int):
             alpha = np.where(found[..., 0] == hidden, 0, 65535).astype(np.uint16)
+        if imaging.is_negative(picture):
+            rgb = 65535 - rgb
     profile = picture.info.get("icc_profile") or b""
+    if profile[16:20] == b"GRAY" and (rgb == rgb[..., :1]).all():  # Pillow calls gray with alpha RGBA
+        rgb = _by_curve(rgb, profile)
     return Picture(rgb, alpha, profile if profile[16:20] == b"RGB " else b"")
+
+
+def _is_premultiplied(picture: ImageFile) -> bool:
+    extra = picture.tag_v2.get(338, ()) if isinstance(picture, TiffImageFile) else ()
+    return tuple(np.atleast_1d(extra)) == (1,)
+
+
+def _divide(rgb: Samples, alpha: Samples) -> None:
+    """Colours that were multiplied by alpha, as they were; in place."""
+    for y in range(0, len(rgb), _STRIP_PX):  # quotients are float32
+        rows = slice(y, y + _STRIP_PX)
+        share = np.float32(65535) / np.maximum(alpha[rows], 1)[..., None].astype(np.float32)
+        rgb[rows] = np.minimum(np.rint(rgb[rows] * share), 65535)
+
+
+def _by_curve(rgb: Samples, profile: bytes) -> Samples:
+    """Gray u16[h, w, 3] by its profile, of which Pillow knows 256 levels."""
+    levels = _to_srgb(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), profile).convert("RGB")
+    known = np.asarray(levels, np.float64)[0] * 257
+    curves = [np.rint(np.interp(np.arange(65536), np.arange(256) * 257, known[:, c])) for c in range(3)]
+    return np.stack([curve.astype(np.uint16)[rgb[..., c]] for c, curve in enumerate(curves)], axis=2)
 
 
 def _ppm(data: bytes, picture: ImageFile) -> Samples:

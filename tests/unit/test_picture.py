@@ -133,6 +133,56 @@ def test_a_16_bit_tiff_is_turned_once() -> None:
     np.testing.assert_array_equal(picture.decode(buffer.getvalue()).rgb, np.rot90(DEEP, 3))
 
 
+def tiff(pixels: np.ndarray[Any, Any], **said: Any) -> bytes:
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **said)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("entry", ["as it should be", "as a long number", "twice"])
+def test_planes_of_16_bits_are_refused_however_they_are_told(entry: str) -> None:
+    """OpenCV fills a third of such a picture and leaves the rest as it finds the memory: others' pixels."""
+    small = tiff(np.ascontiguousarray(PHOTO.transpose(2, 0, 1)), photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(picture.decode(small).rgb, PHOTO)  # the control: of 8 bits they are read
+    data = tiff(np.ascontiguousarray(DEEP.transpose(2, 0, 1)), photometric="rgb", planarconfig="separate")
+    told = data.index(struct.pack("<HHI", 284, 3, 1))
+    if entry == "as a long number":
+        data = data[:told] + struct.pack("<HHII", 284, 4, 1, 2) + data[told + 12 :]
+    if entry == "twice":
+        software = data.index(struct.pack("<HH", 305, 2))
+        data = data[:software] + struct.pack("<HHIHH", 284, 3, 1, 1, 0) + data[software + 12 :]
+    for decode in (picture.decode, imaging.decode_rgb, imaging.read_header):
+        with pytest.raises(ImageError, match="16 bits in planes: they are read interleaved"):
+            decode(data)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_negative_is_turned(bits: int) -> None:
+    gray = PHOTO[..., 0] if bits == 8 else DEEP[..., 0]
+    data = tiff(gray, photometric="miniswhite")
+    most = 2**bits - 1
+    np.testing.assert_array_equal(picture.decode(data).rgb[..., 1], most - gray)
+    np.testing.assert_array_equal(imaging.decode_rgb(data)[..., 1], (most - gray) >> (bits - 8))
+    np.testing.assert_array_equal(picture.decode(tiff(gray, photometric="minisblack")).rgb[..., 1], gray)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_the_fourth_channel_of_a_tiff_is(bits: int) -> None:
+    most = 2**bits - 1
+    seen = np.array([[most, most // 2, most // 5]], np.uint16).repeat(4, axis=0)
+    straight = np.full((4, 3, 3), [most, most // 3, most // 7], np.float64)
+    laid = np.dstack([np.rint(straight * seen[..., None] / most), seen]).astype(f"u{bits // 8}")
+    found = picture.decode(tiff(laid, photometric="rgb", extrasamples=["assocalpha"]))
+    np.testing.assert_array_equal(found.alpha, seen)
+    np.testing.assert_allclose(found.rgb, straight, atol=3)
+    found = picture.decode(tiff(laid, photometric="rgb", extrasamples=["unassalpha"]))
+    np.testing.assert_array_equal(np.dstack([found.rgb, found.alpha]), laid)
+    found = picture.decode(tiff(laid, photometric="rgb", extrasamples=["unspecified"]))
+    np.testing.assert_array_equal(found.rgb, laid[..., :3])
+    assert found.alpha is None
+
+
 def test_what_cannot_be_kept_is_refused() -> None:
     frames = saved(Image.fromarray(PHOTO), "PNG", save_all=True, append_images=[Image.fromarray(ALPHA).convert("RGB")])
     with pytest.raises(ImageError, match="2 frames"):
@@ -185,6 +235,24 @@ def test_a_gray_profile_is_applied_and_not_passed_on() -> None:
     assert found.icc == b""
     assert found.rgb.mean() > plain.rgb.mean() + 20  # linear light looks brighter than its numbers do as sRGB
     np.testing.assert_array_equal(plain.rgb[..., 0], ALPHA)  # negative control
+    hidden = np.dstack([ALPHA, ALPHA.T.reshape(ALPHA.shape)])
+    beside = picture.decode(saved(Image.fromarray(hidden), "PNG", icc_profile=gray_profile(1.0)))
+    np.testing.assert_array_equal(beside.rgb, found.rgb)
+    np.testing.assert_array_equal(beside.alpha, hidden[..., 1])
+
+
+@pytest.mark.parametrize("colour", [0, 4])
+def test_a_gray_profile_of_16_bits_is_the_same_curve(colour: int) -> None:
+    profile = chunk(b"iCCP", b"g\0\0" + zlib.compress(gray_profile(1.0)))
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    samples = ramp if colour == 0 else np.dstack([ramp, ramp.T])
+    found = picture.decode(png16(samples, colour, profile))
+    shallow = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    levels = picture.decode(saved(shallow, "PNG", icc_profile=gray_profile(1.0))).rgb
+    np.testing.assert_array_equal(found.rgb.reshape(1, -1, 3)[:, ::257], levels * np.uint16(257))
+    assert (np.diff(found.rgb[..., 1].ravel().astype(int)) >= 0).all()
+    assert found.alpha is None if colour == 0 else np.array_equal(found.alpha, ramp.T)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(picture.decode(png16(samples, colour)).rgb[..., 1], ramp)  # negative control
 
 
 @pytest.mark.parametrize("profile", [b"x", b"\0" * 128, RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]])
