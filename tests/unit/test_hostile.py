@@ -416,7 +416,14 @@ BODIES = {  # bytes, Content-Type, words of the refusal
     "50,000 parts": (lambda: form(50_000), FORM, "at most 1"),
     "a part of 50,000 headers": (lambda: b"--x\r\n" + b"A: b\r\n" * 50_000 + b"\r\n\r\n--x--\r\n", FORM, "header"),
     "boundaries that nearly are": (lambda: b"--x\r\n\r\n" + b"\r\n--" * 300_000, FORM, "boundary"),
-    "a hundred thousand brackets": (lambda: b'{"image":' + b"[" * 100_000, "application/json", "recursion"),
+    "a thousand brackets": (lambda: b'{"image":' + b"[" * 1000, "application/json", "recursion"),
+    "a hundred thousand brackets": (lambda: b'{"image":' + b"[" * 100_000, "application/json", "too many values"),
+    "empty lists in a list": (
+        lambda: b'{"image":[[]' + b",[]" * 300_000 + b"]}",
+        "application/json",
+        "too many values",
+    ),
+    "a name of a megabyte": (lambda: b'{"' + b"a" * 1_000_000 + b'":"aa=="}', "application/json", "no such part"),
     "a number of a million digits": (lambda: b'{"image":' + b"1" * 1_000_000 + b"}", "application/json", "digits"),
     "half a surrogate pair": (lambda: b'{"\\ud800":"aa"}', "application/json", "\\ud800"),
 }

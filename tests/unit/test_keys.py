@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rayscale.errors import ConfigError, MissingError
@@ -97,6 +98,26 @@ def test_only_a_known_key_is_answered(service: Any) -> None:
     assert "security" not in page["paths"]["/livez"]["get"]
     statuses = [labels["status"] for name, _, labels in service.meters.seen if name == "rayscale_requests_total"]
     assert statuses.count("401") == 6
+
+
+def test_behind_a_route_prefix_keys_are_asked_for_as_well(service: Any) -> None:
+    """Ray Serve tells the prefix of an application as `root_path` and leaves it in the path."""
+
+    async def main() -> list[int]:
+        transport = httpx.ASGITransport(service.app, root_path="/photos")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = png(photo())
+            answers = [
+                await client.post("/photos/v1/upscale", content=body),
+                await client.get("/photos/v1/models"),
+                await client.post("/v1/upscale", content=body),  # as a proxy in front may have it
+                await client.post("/photos/v1/upscale", content=body, headers=bearer(SECRET)),
+                await client.get("/photos/livez"),
+                await client.get("/photosv1/upscale"),
+            ]
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(main()) == [401, 401, 401, 200, 200, 404]
 
 
 def test_a_key_over_its_rate_is_told_when_to_come_back(service: Any) -> None:

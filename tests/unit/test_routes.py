@@ -252,7 +252,7 @@ PART = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
         ("multipart/form-data", b"a", 415, "boundary"),
         ("multipart/mixed; boundary=x", b"a", 415, "multipart/mixed"),
         ("application/json", b"{", 400, "JSON"),
-        ("application/json", b"[" * 100_000, 400, "JSON"),
+        ("application/json", b"[" * 1000, 400, "JSON"),
         ("application/json", b"[]", 400, "object"),
         ("application/json", b"{}", 400, "has no image"),
         ("application/json", b'{"image": 7}', 400, "base64"),

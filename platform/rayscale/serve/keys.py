@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rayscale import storage
 from rayscale.errors import ConfigError
-from rayscale.serve.lean import header
+from rayscale.serve.lean import header, route_path
 from rayscale.serve.problems import problem
 
 ENVIRONMENT = "RAYSCALE_API_KEYS"
@@ -117,7 +117,7 @@ class Guard:
         self._uses = {key.sha256: _Use(key) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
             await self.app(scope, receive, send)
             return
         scheme, _, secret = header(scope, b"authorization").partition(" ")

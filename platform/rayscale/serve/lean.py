@@ -53,7 +53,7 @@ class Lane:
                 self._routes |= {(method, route.path): (route, route.handler) for method in route.methods or ()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        found = self._routes.get((scope["method"], route_path(scope))) if scope["type"] == "http" else None
         if found is None:
             await self.app(scope, receive, send)
             return
@@ -67,6 +67,13 @@ class Lane:
                 raise
             response = told(request, error)
         await response(scope, receive, send)
+
+
+def route_path(scope: Scope) -> str:
+    """The path as routes have it: behind the prefix where an application has one. As Starlette takes it off."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and (path == root or path.startswith(f"{root}/")) else path
 
 
 def header(scope: Scope, name: bytes) -> str:

@@ -169,7 +169,7 @@ class Pair:
 def _read_pairs(gateway: Gateway, body: Body) -> list[Pair]:
     """`a` and `b` of a form or an object, or the object's list `pairs`; their headers are within the limits."""
     most, names = gateway.settings.max_items, {"a": 1, "b": 1}
-    if body.kind == JSON and "pairs" in (value := body.json()):
+    if body.kind == JSON and "pairs" in (value := body.json(2 * most)):
         entries = value["pairs"] if isinstance(value["pairs"], list) and len(value) == 1 else []
         if not entries or not all(isinstance(e, dict) for e in entries):
             raise ConfigError("pairs", str(value["pairs"])[:80], "must be a list of objects with a and b, alone",
