@@ -37,7 +37,7 @@ function task(section, run) {
       if (result.getBoundingClientRect().top > 0.6 * innerHeight) result.scrollIntoView({ behavior: motion(), block: "nearest" });
     } catch (caught) {
       progress.textContent = "";
-      if (caught.name === "AbortError") progress.textContent = "Stopped.";
+      if (running.signal.aborted) progress.textContent = "Stopped."; // whatever came of it
       else {
         clear(section); // what is shown is of an earlier try
         tell(error, caught);
@@ -78,9 +78,10 @@ function keep(section, ...blobs) {
   return urls.get(section);
 }
 
-const dimensions = async (url) => {
-  const image = make("img", { src: url });
-  await image.decode().catch(() => {});
+const dimensions = async (blob) => {
+  const url = URL.createObjectURL(blob), image = make("img", { src: url });
+  await new Promise((resolve) => (image.onload = image.onerror = resolve));
+  URL.revokeObjectURL(url);
   return image.naturalWidth ? `${image.naturalWidth}\u00a0×\u00a0${image.naturalHeight}` : "";
 };
 
@@ -91,27 +92,29 @@ const image = new FileField($('[data-drop="image"]', picture));
 const mask = new FileField($('[data-drop="mask"]', picture));
 
 task(picture, async (form, signal) => {
-  if (!image.file) throw new Problem("Choose a picture first.");
-  const path = `v1/${current()}?`, query = new URLSearchParams();
+  const { file, files, bytes } = image, now = picture.dataset.task; // another may be chosen before the answer is here
+  if (!file) throw new Problem("Choose a picture first.");
+  const path = `v1/${now}?`, query = new URLSearchParams();
   const [, method, model] = form.model.value.match(/^method:(.*)|(.*)$/s);
   if (method ?? model) query.set(method ? "method" : "model", method ?? model);
   for (const name of ["contrast", "sharpen"]) if (form[name].value !== form[name].defaultValue) query.set(name, form[name].value);
-  let body = image.file;
+  let body = file;
   const headers = { Accept: form.accept.value };
   const filled = mask.file && !mask.label.hidden;
-  if (filled || current() === "burst") {
+  if (filled || now === "burst") {
     body = new FormData();
-    for (const frame of image.files) body.append("image", frame);
+    for (const frame of files) body.append("image", frame);
     if (filled) body.append("mask", mask.file);
-  } else headers["Content-Type"] = image.file.type || "application/octet-stream";
+  } else headers["Content-Type"] = file.type || "application/octet-stream";
   const started = performance.now();
   const response = await ask(path + query, { method: "POST", body, headers, signal });
   const blob = await response.blob();
   const took = performance.now() - started;
-  const [before, after] = keep(picture, image.file, blob);
-  const [was, is] = await Promise.all([dimensions(before), dimensions(after)]);
-  const name = `${image.file.name.replace(/\.\w+$/, "") || "picture"}-${PICTURE_TASKS[current()].done}.${blob.type.split("/")[1]}`;
-  const rows = [["Size", was ? `${was} → ${is}` : is], ["File", `${size(image.bytes)} → ${size(blob.size)}`]];
+  const [was, is] = await Promise.all([dimensions(file), dimensions(blob)]);
+  signal.throwIfAborted(); // what is shown, of an earlier try, keeps its URLs
+  const [before, after] = keep(picture, file, blob);
+  const name = `${file.name.replace(/\.\w+$/, "") || "picture"}-${PICTURE_TASKS[now].done}.${blob.type.split("/")[1]}`;
+  const rows = [["Size", was ? `${was} → ${is}` : is], ["File", `${size(bytes)} → ${size(blob.size)}`]];
   return [comparison(before, after, { download: name }), ...facts(response, took, rows)];
 });
 
@@ -191,16 +194,17 @@ function showClasses() {
 const [a, b] = ["a", "b"].map((name) => new FileField($(`[data-drop="${name}"]`)));
 
 task($("#compare"), async (form, signal) => {
-  if (!a.file || !b.file) throw new Problem("Choose two pictures first.");
+  const files = [a.file, b.file]; // others may be chosen before the answer is here
+  if (!files.every(Boolean)) throw new Problem("Choose two pictures first.");
   const body = new FormData();
-  body.append("a", a.file);
-  body.append("b", b.file);
+  body.append("a", files[0]);
+  body.append("b", files[1]);
   const started = performance.now();
   const query = form.model.value ? `?model=${encodeURIComponent(form.model.value)}` : "";
   const response = await ask(`v1/similarity${query}`, { method: "POST", body, headers: { Accept: "application/json" }, signal });
   const answer = await response.json();
   const took = performance.now() - started;
-  return [measures(answer.data[0]), comparison(...keep(form, a.file, b.file), { names: ["First", "Second"] }), ...facts(response, took)];
+  return [measures(answer.data[0]), comparison(...keep(form, ...files), { names: ["First", "Second"] }), ...facts(response, took)];
 });
 
 const MEASURES = { // group -> measure -> [its name, what it says]
@@ -305,7 +309,7 @@ function show() {
     $(".lead p", picture).textContent = words.lead;
     $(".primary", picture).textContent = words.verb;
     fill(form.model, offered.models.filter(is[now]), { methods: offered.methods[now], preferred: offered.defaults[now] });
-    if (picture.dataset.task && picture.dataset.task !== now) {
+    if (picture.dataset.task && picture.dataset.task !== now) { // a task without this section leaves it at its work
       $('[data-act="stop"]', picture).click();
       clear(picture); // it was the other task's
     }
