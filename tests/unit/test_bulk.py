@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 import tempfile
@@ -18,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayscale import artifact, cli, imaging
+from rayscale import artifact, cli, contract, imaging
 from rayscale.bulk import work as bulk
 from rayscale.bulk.work import Done, Item, Ledger
 from rayscale.bulk.workers import Maker, Making
 from rayscale.cli import upscale
+from rayscale.client import Client
 from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.serve.engine import EngineSettings
 from rayscale.serve.table import Release
@@ -176,6 +178,29 @@ def test_an_output_that_nobody_vouches_for_is_made_again(tmp_path: Path) -> None
     items, _ = bulk.items(str(tmp_path / "in"), "png")
     store.write(items[0].out, b"of unknown origin")
     assert Ledger(store, "m").unfinished(items) == items
+
+
+def test_what_a_list_names_is_told_from_another_picture_of_the_same_name(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    for folder in "pq":
+        (tmp_path / folder).mkdir()
+        for name in ("x.png", "x.jpg", "list.txt"):
+            (tmp_path / folder / name).write_bytes(b"x.png\ns3://bucket/y.png\nno://place/z.png\n")
+
+    def left(folder: str) -> list[str]:
+        work, _ = bulk.items(str(tmp_path / folder / "list.txt"), "png")
+        found = Ledger(store, "m").unfinished(work)
+        finish(Ledger(store, "m"), found)
+        return [item.uri for item in found]
+
+    p, q = f"{tmp_path}/p/x.png", f"{tmp_path}/q/x.png"
+    assert left("p") == [p, "s3://bucket/y.png", "no://place/z.png"]
+    assert left("p") == [], "control"
+    assert left("q") == [q]
+    (tmp_path / "q/x.png").write_bytes(b"another content")
+    assert left("q") == [q]
+    (tmp_path / "q/list.txt").write_text("x.jpg\n")
+    assert left("q") == [f"{tmp_path}/q/x.jpg"]
 
 
 def numbered(num: int, etag: str = "e") -> list[Item]:
@@ -435,6 +460,50 @@ def test_settings_without_effect_are_errors(
     assert not (tmp_path / "o").exists()
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "more"),
+    [
+        ("B/list.txt", "B", ()),
+        ("B/list.txt", "C/../B", ()),
+        ("B/crossed.txt", "B/b", ()),
+        ("C/../B", "B", ()),
+        ("B", "C/../B/out", ()),
+        ("link", "B", ()),
+        ("B", "link", ()),
+        ("links", "B/b", ()),
+        ("C/../B/x.png", "B/x.png", ()),
+        ("link/x.png", "B", ()),
+        ("B/x.png", "link/x.png", ()),
+        ("B", "masks", ("--task", "restore", "--masks", "C/../masks")),
+    ],
+)
+def test_no_input_is_written_over(
+    tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    source: str, out: str, more: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Whatever path leads to it; told before anything is asked for."""
+    for folder in ("B/b", "C", "links", "masks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("B/x.png", "B/b/x.png", "masks/x.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "B/list.txt").write_text("x.png\n")
+    (tmp_path / "B/crossed.txt").write_text("x.png\nb/x.png\n")  # B/x.png would be written over B/b/x.png
+    (tmp_path / "link").symlink_to(tmp_path / "B")
+    (tmp_path / "links/x.png").symlink_to(tmp_path / "B/b/x.png")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    code, result, err = command(monkeypatch, capsys, "upscale", source, out, "--url", server.url, *more)
+    assert (code, result, server.asked) == (2, None, [])
+    assert err.startswith("error: OUT="), err
+    assert tree(tmp_path) == before
+    code, _, err = command(monkeypatch, capsys, "upscale", source, "C/out", "--url", server.url, *more)  # control
+    assert server.asked, err
+
+
 # --- by an endpoint
 
 
@@ -444,6 +513,7 @@ def test_an_endpoint_is_asked_patiently_and_once(
     pictures(tmp_path / "in")
     busy = problem(503, "busy", "engine=backlog 9 s: no; try again later", Retry_After="0")
     server.script = [busy, Say(then="drop"), busy]
+    server.default = Say(headers={**MADE_BY, "Content-Type": "image/webp"})
     monkeypatch.setenv("RAYSCALE_API_KEY", "secret")
     run = ("upscale", tmp_path / "in", tmp_path / "out", "--url", server.url, "--model", "photos", "--format", "webp")
     code, result, err = command(monkeypatch, capsys, *run)
@@ -470,6 +540,100 @@ def test_what_the_endpoint_refuses_is_listed_and_the_rest_is_made(
     assert line in err
     code, result, _ = command(monkeypatch, capsys, *run)
     assert (code, result["made"], result["skipped"]) == (0, 1, 4)
+
+
+def test_an_odd_answer_costs_its_picture_only(
+    tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "in")
+    odd = "image/svg+xml", "image/webp", "text/html"
+    server.script = [Say(body=b"<svg/>", headers={**MADE_BY, "Content-Type": kind}) for kind in odd]
+    server.script.append(Say(headers={**MADE_BY, "Content-Type": "image/PNG; q=1"}))  # control: it is what was asked
+    read = Client.upscale
+
+    def surprised(self: Client, image: bytes, **asked: Any) -> Any:
+        answer = read(self, image, **asked)
+        if image == (tmp_path / "in/b/p3.png").read_bytes():
+            raise KeyError("nobody thought of it")
+        return answer
+
+    monkeypatch.setattr(Client, "upscale", surprised)
+    run = "upscale", tmp_path / "in", tmp_path / "out", "--url", server.url, "--concurrency", "1"
+    code, result, _ = command(monkeypatch, capsys, *run)
+    assert (code, result["made"], result["failed"]) == (1, 1, 4)
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["p1.png"]
+    rule = "is not the image/png that was asked for; is this a rayscale server?"
+    assert {one["key"]: one["error"] for one in json.loads((tmp_path / "out/errors.json").read_text())} == {
+        "a/p0.png": f"answer=image/svg+xml: {rule}",
+        "a/p2.png": f"answer=image/webp: {rule}",
+        "a/p4.png": "answer of /v1/upscale=text/html, 6 bytes: is no picture; is this a rayscale server?",
+        "b/p3.png": "KeyError: 'nobody thought of it'",
+    }
+
+
+def test_a_corrected_mask_is_used(
+    tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_and_good(tmp_path / "in", 0, 2)
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/000.png").write_bytes(b"first mask")
+    monkeypatch.chdir(tmp_path)
+    run = "upscale", "in", "out", "--url", server.url, "--task", "restore", "--masks", "masks"
+
+    def once() -> tuple[int, int, int]:
+        _, result, _ = command(monkeypatch, capsys, *run)
+        return result["made"], result["skipped"], result["failed"]
+
+    assert once() == (1, 0, 1)
+    (listed,) = json.loads((tmp_path / "out/errors.json").read_text())
+    assert listed["error"] == (f"mask={tmp_path}/masks/001.png: cannot be used (No such file or directory); "
+                               "put one there, under the picture's path with .png")  # fmt: skip
+    (tmp_path / "masks/001.png").write_bytes(b"second mask")
+    assert once() == (1, 1, 0)
+    assert once() == (0, 2, 0), "control"
+    (tmp_path / "masks/000.png").write_bytes(b"first mask, corrected")
+    assert once() == (1, 1, 0)
+    assert [b"first mask, corrected" in asked.body for asked in server.asked] == [False, False, True]
+
+
+def test_workers_are_told_where_masks_lie_whatever_folder_they_are_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = runpy.run_path(str(Path(__file__).parents[1] / "small_kinds.py"))
+    kinds["filler"](tmp_path / "filler")
+    bad_and_good(tmp_path / "in", 0, 1)
+    monkeypatch.chdir(tmp_path)
+    told: list[tuple[str, list[str]]] = []
+
+    def by_model(making: Making, on: str, stores: Any, *_: object) -> upscale.How:
+        told.append((making.masks, [store.uri for store in stores]))
+        return upscale.How("m", lambda items: (Done(item) for item in items))
+
+    monkeypatch.setattr(upscale, "_by_model", by_model)
+    upscale.upscale("in", "out", model="filler", masks="masks")
+    assert told == [(f"{tmp_path}/masks", [f"{tmp_path}/{name}" for name in ("in", "out", "masks")])]
+
+
+def test_names_that_are_no_utf8_fail_and_are_made_like_others(
+    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_and_good(tmp_path / "in", 0, 0)
+    names = [os.fsdecode(b"caf\xe9.png"), "café.png"]
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(b"bad")
+    run = "upscale", tmp_path / "in", tmp_path / "out", "--url", picky.url
+    code, result, err = command(monkeypatch, capsys, *run)
+    assert (code, result["failed"]) == (1, 2), err
+    text = (tmp_path / "out/errors.json").read_bytes()
+    assert {one["key"] for one in json.loads(text)} == set(names)
+    assert "café".encode() in text
+    (tmp_path / "in" / names[0]).write_bytes(b"good")
+    code, result, err = command(monkeypatch, capsys, *run)
+    assert (code, result["made"], result["failed"]) == (1, 1, 1), err
+    code, result, err = command(monkeypatch, capsys, *run)
+    assert (code, result["skipped"], result["failed"]) == (1, 1, 1), err
+    assert upscale._maker(names[0]) != upscale._maker(names[1])
+    assert upscale._maker("a", 1) == contract.digest(["a", 1])[:16]
 
 
 def bad_and_good(folder: Path, bad: int, good: int) -> None:
@@ -573,6 +737,7 @@ def test_one_picture_goes_to_a_file(
 ) -> None:
     (tmp_path / "small.png").write_bytes(b"x")
     run = "upscale", tmp_path / "small.png"
+    server.script = [Say(headers={**MADE_BY, "Content-Type": "image/jpeg"})]
     code, result, _ = command(monkeypatch, capsys, *run, tmp_path / "large.jpg", "--url", server.url)
     assert (code, result["out"]) == (0, str(tmp_path / "large.jpg"))
     assert server.asked[0].headers["accept"] == "image/jpeg"

@@ -324,6 +324,25 @@ def test_an_answer_of_another_server_is_told(connect: Any, server: Any, route: s
         getattr(connect(server.url), route)(*([] if route == "models" else [b"x"]))
 
 
+def test_headers_that_hold_no_number_are_left_out(connect: Any, server: Any) -> None:
+    odd = {"Server-Timing": "cdn;dur=., a;dur=1.2.3, b;dur=1e9, c;dur=7, d;dur=0.5", "X-Rayscale-Model": "photos:²",
+           "X-Rayscale-Bits": "³"}  # fmt: skip
+    server.default = Say(headers={**MADE_BY, **odd})
+    answer = connect(server.url).upscale(b"x")
+    assert answer.timing_ms == {"c": 7.0, "d": 0.5}
+    assert (answer.model, answer.version, answer.bits) == ("photos:²", None, None)
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[" * 100_000], ids=["text", "deep"])
+def test_json_that_is_none_is_told(connect: Any, server: Any, body: bytes) -> None:
+    as_said = {"Content-Type": "application/json"}
+    server.script = [Say(body=body, headers=as_said), Say(status=404, body=body, headers=as_said)]
+    with pytest.raises(IntegrityError, match="is no JSON object"):
+        connect(server.url).models()
+    with pytest.raises(MissingError, match=r"^server=404: Not Found; "):
+        connect(server.url).models()
+
+
 # --- retries
 
 
@@ -335,8 +354,9 @@ def test_an_answer_of_another_server_is_told(connect: Any, server: Any, route: s
         Say(status=502, body=b"Bad Gateway"),
         Say(then="drop"),
         Say(then="cut"),
+        Say(body=b"no gzip", headers={**MADE_BY, "Content-Encoding": "gzip"}),
     ],
-    ids=["503", "429", "502", "drop", "cut"],
+    ids=["503", "429", "502", "drop", "cut", "damaged"],
 )
 def test_what_passes_is_tried_again(connect: Any, server: Any, trouble: Any) -> None:
     server.script = [trouble] * (2 if trouble.headers else 1)
@@ -345,6 +365,12 @@ def test_what_passes_is_tried_again(connect: Any, server: Any, trouble: Any) -> 
     assert answer.attempts == tries
     assert answer.data == b"\x89PNG of it"
     assert [asked.body for asked in server.asked] == [b"the same body"] * tries
+
+
+def test_an_answer_that_stays_damaged_is_our_own_error(connect: Any, server: Any) -> None:
+    server.default = Say(body=b"no gzip", headers={**MADE_BY, "Content-Encoding": "gzip"})
+    with pytest.raises(UnavailableError, match=r"^url=\S+/v1/upscale: the answer is damaged \(.*\); check the address"):
+        connect(server.url, retries=0).upscale(b"x")
 
 
 def test_a_server_that_starts_late_is_reached(connect: Any) -> None:
@@ -443,7 +469,8 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after_s(" 1.5 ", 0.0) == 1.5
     assert retry_after_s("Thu, 01 Jan 1970 00:01:00 GMT", 50.0) == 10.0
     assert retry_after_s("Thu, 01 Jan 1970 00:01:00 GMT", 500.0) == 0.0
-    for nothing in ("", "soon", "-1", "nan"):
+    beyond = "Thu, 01 Jan 1970 00:01:99999999990 GMT", "Thu, 01 Jan 19999999999999999999990 00:01:00 GMT"
+    for nothing in ("", "soon", "-1", "nan", *beyond):
         assert retry_after_s(nothing, 0.0) is None
 
 
@@ -499,6 +526,26 @@ def test_errors_are_counted_by_kind_and_not_tried_again(server: Any) -> None:
     assert summary(shots)["errors"] == {"503 busy": 2, "RemoteProtocolError": 1, "502": 1, TIMED_OUT: 1}
     assert shots[0].line == BUSY
     assert len(server.asked) == 6
+
+
+def test_odd_answers_do_not_end_a_load(server: Any) -> None:
+    from rayscale.client import calls
+
+    def surprised(*_: object) -> None:
+        raise KeyError("nobody thought of it")
+
+    server.script = [
+        Say(status=503, body=b"not json", headers={"Content-Type": "application/json"}),
+        Say(body=b"no gzip", headers={**MADE_BY, "Content-Encoding": "gzip"}),
+    ]
+
+    async def main() -> list[Shot]:
+        asked = [calls.upscale(b"a"), calls.upscale(b"b"), calls.Call(path="/", read=surprised), calls.upscale(b"c")]
+        async with AsyncClient(server.url, retries=0) as client:
+            return await fire(client, asked, [0.0, 0.15, 0.3, 0.45])
+
+    shots = asyncio.run(main())
+    assert [shot.error for shot in shots] == ["503", "DecodingError", "KeyError", ""]
 
 
 def test_what_is_beyond_the_bound_is_not_sent_and_counts(server: Any) -> None:

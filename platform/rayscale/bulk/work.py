@@ -8,7 +8,10 @@ is on record there too and is tried again last, so that bad pictures never keep 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 import re
 import time
 import uuid
@@ -22,7 +25,7 @@ from typing import NamedTuple
 from rayscale.errors import ConfigError, MissingError
 from rayscale.imaging import Media
 from rayscale.observe import log
-from rayscale.storage import TEMPORARY, LocalStore, Store, open_store
+from rayscale.storage import TEMPORARY, LocalStore, Store, join, open_store
 
 SUFFIXES: dict[Media, tuple[str, ...]] = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
 """Of what is written; the first is given where none is asked for."""
@@ -40,7 +43,7 @@ class Item(NamedTuple):
 
     uri: str  # of the input
     key: str  # its path below the source
-    etag: str  # of its content; "" where it is taken to stay as it is
+    etag: str  # of its content, or of where it lies and what is known of its content; and of its mask
     out: str  # the output's key
 
 
@@ -64,7 +67,8 @@ Worker = Callable[[Item], Done]
 def items(source: str, media: Media) -> tuple[list[Item], int]:
     """Pictures of a folder, an `s3://` prefix or a list, and how many other files lie there.
 
-    A list is a `.txt` with a path (from where the list is) or URI a line; its pictures are taken to stay as they are.
+    A list is a `.txt` with a path (from where the list is) or URI a line; what it names of s3:// is taken to stay as
+    it is.
     Raises: MissingError where there is none; ConfigError where two would have one name.
     """
     found = list(_listed(source) if source.endswith(LIST) else _below(open_store(source)))
@@ -92,9 +96,20 @@ def _listed(uri: str) -> Iterator[tuple[str, str, str]]:
             continue
         if "://" in entry or entry.startswith("/"):
             below = entry.startswith(f"{store.uri}/")
-            yield entry, entry.removeprefix(f"{store.uri}/") if below else re.sub(r"^\w+://|^/", "", entry), ""
+            key = entry.removeprefix(f"{store.uri}/") if below else re.sub(r"^\w+://|^/", "", entry)
+            yield entry, key, _identity(entry)
         else:
-            yield f"{store.uri}/{entry}", entry, ""
+            yield f"{store.uri}/{entry}", entry, _identity(f"{store.uri}/{entry}")
+
+
+def _identity(uri: str) -> str:
+    """Where a picture lies: another list may have another one under the same key. With its time and size if local."""
+    with contextlib.suppress(OSError, ValueError, ConfigError):  # told when it is read
+        store = open_store(uri)
+        if isinstance(store, LocalStore):
+            info = Path(store.uri).stat()
+            return f"{uri} {info.st_mtime_ns:x}-{info.st_size:x}"
+    return uri
 
 
 def outputs(keys: Sequence[str], media: Media) -> dict[str, str]:
@@ -111,6 +126,47 @@ def outputs(keys: Sequence[str], media: Media) -> dict[str, str]:
         both = " and ".join(sorted(key for key, name in named.items() if name == clash)[:2])
         raise ConfigError("source", both, f"would both be written to {clash}", "rename one of them")
     return named
+
+
+def check_kept(place: Store, work: Sequence[Item], masks: str) -> None:
+    """Raises: ConfigError where an output would be written over a picture or mask, by whatever path that is named."""
+    folder_of = functools.cache(real)  # few folders hold many pictures
+
+    def file_of(uri: str) -> str:
+        folder, name = split(uri)
+        path = join(folder_of(folder), name)
+        return real(path) if Path(path).is_symlink() else path
+
+    inputs = {}
+    for uri in [one.uri for one in work] + [mask_uri(masks, one) for one in work if masks]:
+        with contextlib.suppress(ValueError, ConfigError):  # of no place at all: told when it is read
+            inputs[file_of(uri)] = uri
+    for one in work:
+        path = str(place.path(one.out)) if isinstance(place, LocalStore) else join(place.uri, one.out)
+        if lost := inputs.get(file_of(path)):
+            raise ConfigError("OUT", path, f"would be written over the input {lost}", "name a place of its own")
+
+
+def real(uri: str) -> str:
+    """A local path without links and "..", other URIs as they are: equal where two names are of one place.
+
+    Raises: ConfigError for what is no place; ValueError for a path with a NUL in it.
+    """
+    store = open_store(uri)
+    return os.path.realpath(store.uri) if isinstance(store, LocalStore) else store.uri
+
+
+def masked(work: Sequence[Item], masks: str) -> list[Item]:
+    """The same, where the masks have a part in what was made already. Raises: MissingError for a missing bucket."""
+    store = open_store(masks)
+    etags = {f"{store.uri}/{entry.key}": entry.etag for entry in store.list()}
+    return [one._replace(etag=f"{one.etag} mask {etags.get(mask_uri(store.uri, one), '')}") for one in work]
+
+
+def mask_uri(masks: str, item: Item) -> str:
+    """Where the mask of a picture lies: its path, with .png."""
+    key, dot, _ = item.key.rpartition(".")
+    return f"{masks.rstrip('/')}/{key if dot else item.key}.png"
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -240,6 +296,7 @@ def write_errors(store: Store, failures: Sequence[Done]) -> None:
     """`errors.json` beside the output: what is not there, and why. None where nothing failed."""
     if failures:
         listed = [{"key": one.item.key, "error": one.error} for one in sorted(failures, key=lambda d: d.item.key)]
-        store.write(ERRORS, (json.dumps(listed, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
+        store.write(ERRORS, text.encode(errors="backslashreplace"))  # of names that are not UTF-8: JSON's own escapes
     else:
         store.delete(ERRORS)

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayscale.bulk.work import Done, Item, split
+from rayscale.bulk.work import Done, Item, mask_uri, split
 from rayscale.client import Client, Picture
 from rayscale.contract import Spec
 from rayscale.errors import ConfigError, IntegrityError, MissingError, RayscaleError
@@ -77,15 +77,12 @@ class Maker:
         """Make one picture. Errors are values: the others go on."""
         release = self.making.release
         try:
-            mask = _read(mask_uri(self.making.masks, item)) if self.making.masks else None
+            mask = _read_mask(self.making.masks, item)
             body = _Files(_read(item.uri), mask=mask)
             data = asyncio.run(by_model(self._gateway, body, release, self._role, self._finish)).body
             self._out.write(item.out, data)
-        except RayscaleError as error:
-            return Done(item, error=str(error))
-        except Exception as error:  # of some library: as well of this picture only
-            log.error("%s: %r", item.uri, error, exc_info=error)
-            return Done(item, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        except Exception as error:
+            return _failed(item, error)
         made_by = str(release) if release.version else release.name
         return Done(item, len(data), hashlib.sha256(data).hexdigest(), made_by)
 
@@ -126,17 +123,22 @@ class Asker:
         try:
             answer = self._ask(item)
             self._out.write(item.out, answer.data)
-        except RayscaleError as error:
-            return Done(item, error=str(error))
+        except Exception as error:
+            return _failed(item, error)
         model = answer.model if answer.version is None else f"{answer.model}:{answer.version}"
         return Done(item, len(answer.data), hashlib.sha256(answer.data).hexdigest(), model)
 
     def _ask(self, item: Item) -> Picture:
         data = _read(item.uri)
         if self._route == "upscale":
-            return self._client.upscale(data, model=self._model, media=self._media)
-        mask = _read(mask_uri(self._masks, item)) if self._masks else None
-        return self._client.restore(data, mask, model=self._model, media=self._media)
+            answer = self._client.upscale(data, model=self._model, media=self._media)
+        else:
+            mask = _read_mask(self._masks, item)
+            answer = self._client.restore(data, mask, model=self._model, media=self._media)
+        if answer.media_type.partition(";")[0].strip().lower() != f"image/{self._media}":
+            rule = f"is not the image/{self._media} that was asked for"
+            raise IntegrityError("answer", answer.media_type, rule, "is this a rayscale server?")
+        return answer
 
 
 def check(spec: Spec, masks: str) -> None:
@@ -147,15 +149,23 @@ def check(spec: Spec, masks: str) -> None:
         raise ConfigError("--masks", masks, "the model takes none", "leave them out")
 
 
-def mask_uri(masks: str, item: Item) -> str:
-    """Where the mask of a picture lies: its path, with .png."""
-    key, dot, _ = item.key.rpartition(".")
-    return f"{masks.rstrip('/')}/{key if dot else item.key}.png"
+def _failed(item: Item, error: Exception) -> Done:
+    """What is wrong with this picture only, be it of some library."""
+    if isinstance(error, RayscaleError):
+        return Done(item, error=str(error))
+    log.error("%s: %r", item.uri, error, exc_info=error)
+    return Done(item, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _read(uri: str) -> bytes:
+def _read_mask(masks: str, item: Item) -> bytes | None:
+    if not masks:
+        return None
+    return _read(mask_uri(masks, item), "mask", "put one there, under the picture's path with .png")
+
+
+def _read(uri: str, field: str = "picture", remedy: str = "it was listed and is gone") -> bytes:
     folder, name = split(uri)
     try:
         return open_store(folder).read(name)
     except MissingError as error:
-        raise MissingError("picture", uri, error.rule, "it was listed and is gone") from None
+        raise MissingError(field, uri, error.rule, remedy) from None

@@ -116,7 +116,8 @@ def upscale(
     again after all others, and the exit code is 1 where they are more than `--error-budget`. Where most fail, it stops.
     """
     started = time.monotonic()
-    place, pictures, media, foreign, single = _work(source, out, media)
+    masks = masks and open_store(masks).uri  # a worker is in a folder of its own
+    place, pictures, media, foreign, single = _work(source, out, media, masks)
     if url:
         _refuse_idle("with --url", {"--quality": quality, "--max-megapixels": max_megapixels != 64.0,
                      "--device": device != "auto", "--on": on != "auto", "--workers": workers,
@@ -130,7 +131,8 @@ def upscale(
         making = Making(release=release, tracking_uri=tracking_uri, out=place.uri, masks=masks, media=media,
                         quality=quality or 95, limits=_limits(max_megapixels), engine=EngineSettings(device=device),
                         at_once=concurrency or WORKER_AT_ONCE)  # fmt: skip
-        how = _by_model(making, on, [open_store(source), place], workers, cpus_per_worker)
+        stores = [open_store(source), place, *([open_store(masks)] if masks else [])]
+        how = _by_model(making, on, stores, workers, cpus_per_worker)
     ledger = None if single else Ledger(place, how.maker)
     left = ledger.unfinished(pictures) if ledger else pictures
     made, failures = _drive(how, left, ledger, error_budget)
@@ -170,7 +172,7 @@ def _limits(max_megapixels: float) -> Limits:
                   max_side=1 << 17)  # fmt: skip
 
 
-def _work(source: str, out: str, media: Media | None) -> tuple[Store, list[Item], Media, int, bool]:
+def _work(source: str, out: str, media: Media | None, masks: str = "") -> tuple[Store, list[Item], Media, int, bool]:
     """(where results go, what they are made of, their format, other files, whether it is one picture).
 
     Raises: MissingError; ConfigError where inputs would be overwritten.
@@ -184,16 +186,18 @@ def _work(source: str, out: str, media: Media | None) -> tuple[Store, list[Item]
         media = media or named or "png"
         key = last if named else bulk.outputs([name], media)[name]
         place = open_store(parent if named else out)
-        uri = join(open_store(folder).uri, name)
-        if join(place.uri, key) == uri:
-            raise ConfigError("OUT", out, "is the picture itself", "name another file")
-        return place, [Item(uri, name, "", key)], media, 0, True
+        pictures = [Item(join(open_store(folder).uri, name), name, "", key)]
+        bulk.check_kept(place, pictures, masks)
+        return place, pictures, media, 0, True
     place = open_store(out)
     if not source.endswith(bulk.LIST):
-        one, other = f"{open_store(source).uri}/", f"{place.uri}/"
+        one, other = f"{bulk.real(source)}/", f"{bulk.real(out)}/"
         if one.startswith(other) or other.startswith(one):
             raise ConfigError("OUT", out, "and IN lie in one another", "name a place of its own")
     pictures, foreign = bulk.items(source, media or "png")
+    bulk.check_kept(place, pictures, masks)
+    if masks:
+        pictures = bulk.masked(pictures, masks)
     return place, pictures, media or "png", foreign, False
 
 
@@ -208,7 +212,13 @@ def _by_endpoint(
         with Client(url, key=os.environ.get(KEY, ""), timeout_s=timeout_s) as client:
             yield from bulk.at_once(Asker(client, task, model, media, place.uri, masks), pictures, in_flight)
 
-    return How(contract.digest([url, task, model, media, masks])[:16], make)
+    return How(_maker(url, task, model, media, masks), make)
+
+
+def _maker(*parts: str | int) -> str:
+    """Digest of all that decides an output but its input."""
+    text = [p.encode(errors="backslashreplace").decode() if isinstance(p, str) else p for p in parts]  # of any path
+    return contract.digest(text)[:16]
 
 
 def _release(model: str, masks: str) -> tuple[Release, str | None]:
@@ -233,7 +243,7 @@ def _release(model: str, masks: str) -> tuple[Release, str | None]:
 
 
 def _by_model(making: Making, on: Where, stores: Sequence[Store], workers: int | None, cpus_per_worker: int) -> How:
-    maker = contract.digest([making.release.digest, making.media, making.quality, making.masks])[:16]
+    maker = _maker(making.release.digest, making.media, making.quality, making.masks)
     if on == "local" or (on == "auto" and not os.environ.get("RAY_ADDRESS")):
         _refuse_idle("on this machine", {"--workers": workers, "--cpus-per-worker": cpus_per_worker != 1})
 

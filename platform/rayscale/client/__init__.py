@@ -34,7 +34,7 @@ from rayscale.client.answers import (
     Similarity,
 )
 from rayscale.client.calls import Call, Image, Measure, Merging, Restoring, Upscaling
-from rayscale.client.exchange import Patience, Send, Sleep, exchange
+from rayscale.client.exchange import LOST, Outcome, Patience, Send, Sleep, exchange
 from rayscale.errors import ConfigError
 
 __all__ = [
@@ -176,7 +176,7 @@ class Client(_Base[httpx.Client]):
                 break
         return call.read(response, spent)
 
-    def _do(self, call: Call[Any], step: Send | Sleep) -> httpx.Response | httpx.TransportError | None:
+    def _do(self, call: Call[Any], step: Send | Sleep) -> Outcome:
         if isinstance(step, Sleep):
             time.sleep(step.seconds)
             return None
@@ -188,7 +188,7 @@ class Client(_Base[httpx.Client]):
                 return _collected(response, until)
             finally:
                 response.close()
-        except httpx.TransportError as error:
+        except LOST as error:
             return error
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ class AsyncClient(_Base[httpx.AsyncClient]):
                 break
         return call.read(response, spent)
 
-    async def _do(self, call: Call[Any], step: Send | Sleep) -> httpx.Response | httpx.TransportError | None:
+    async def _do(self, call: Call[Any], step: Send | Sleep) -> Outcome:
         if isinstance(step, Sleep):
             await asyncio.sleep(step.seconds)
             return None
@@ -252,7 +252,7 @@ class AsyncClient(_Base[httpx.AsyncClient]):
                 return await self._http.send(request)
         except TimeoutError:
             return httpx.ReadTimeout("no answer in time", request=request)
-        except httpx.TransportError as error:
+        except LOST as error:
             return error
 
     async def aclose(self) -> None:

@@ -24,6 +24,8 @@ from rayscale.storage import whole
 T = TypeVar("T")
 Read = Callable[[httpx.Response, Spent], T]
 
+_NUMBER = re.compile(r"[0-9]{1,18}")  # "²" is a digit to Python, and no number to `int`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -139,7 +141,7 @@ def picture(response: httpx.Response, spent: Spent) -> Picture:
         **_file(response),
         **_about(response, spent),
         tiling=response.headers.get("X-Rayscale-Tiling", ""),
-        bits=int(bits) if bits.isdigit() else None,
+        bits=int(bits) if _NUMBER.fullmatch(bits) else None,
     )
 
 
@@ -149,9 +151,10 @@ def generated(num: int, first: int, seed: int | None) -> Read[tuple[Generated, .
     def read(response: httpx.Response, spent: Spent) -> tuple[Generated, ...]:
         files = [_file(response)] if num == 1 else [_decoded(response, row) for row in _rows(response, num)]
         told = response.headers.get("X-Rayscale-Seed", "")
-        if not told.isdigit() and seed is None:
+        known = bool(_NUMBER.fullmatch(told))
+        if not known and seed is None:
             raise strange(response, "does not tell its seed")
-        about = {**_about(response, spent), "seed": int(told) if told.isdigit() else seed}
+        about = {**_about(response, spent), "seed": int(told) if known else seed}
         return tuple(Generated(**file, **about, index=index) for index, file in enumerate(files, first))
 
     return read
@@ -202,9 +205,9 @@ def strange(response: httpx.Response, rule: str) -> IntegrityError:
 def _about(response: httpx.Response, spent: Spent) -> dict[str, Any]:
     """The fields of `Answer`."""
     model, _, version = response.headers.get("X-Rayscale-Model", "").rpartition(":")
-    if not version.isdigit():
+    if not _NUMBER.fullmatch(version):
         model, version = response.headers.get("X-Rayscale-Model", ""), ""
-    timing = re.findall(r"([\w-]+);dur=([\d.]+)", response.headers.get("Server-Timing", ""))
+    timing = re.findall(r"([\w-]+);dur=(\d+(?:\.\d+)?)(?![\w.])", response.headers.get("Server-Timing", ""))
     return {
         "model": model,
         "version": int(version) if version else None,
@@ -253,7 +256,7 @@ def _array(value: object) -> NDArray[np.float32] | None:
 def _object(response: httpx.Response) -> dict[str, Any]:
     try:
         found = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise strange(response, "is no JSON object")

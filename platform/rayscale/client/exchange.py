@@ -52,8 +52,12 @@ class Spent(NamedTuple):
     elapsed_s: float
 
 
-Outcome = httpx.Response | httpx.TransportError | None
-"""Of a Send: a response with its body read, or what the connection raised. Of a Sleep: None."""
+Lost = httpx.TransportError | httpx.DecodingError
+"""No whole answer came: the connection raised it, or the body is not what its Content-Encoding says."""
+LOST = httpx.TransportError, httpx.DecodingError
+
+Outcome = httpx.Response | Lost | None
+"""Of a Send: a response with its body read, or why there is none. Of a Sleep: None."""
 
 Exchange = Generator[Send | Sleep, Outcome, tuple[httpx.Response, Spent]]
 
@@ -83,9 +87,7 @@ def exchange(
         yield Sleep(wait_s)
 
 
-def _wait_s(
-    outcome: httpx.Response | httpx.TransportError, attempt: int, patience: Patience, draw: float
-) -> float | None:
+def _wait_s(outcome: httpx.Response | Lost, attempt: int, patience: Patience, draw: float) -> float | None:
     """Seconds until the next attempt, None where there is none to make."""
     after_s = None
     if isinstance(outcome, httpx.Response):
@@ -105,14 +107,14 @@ def retry_after_s(header: str, now: float) -> float | None:
         return float(header)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 # --- what went wrong, in our errors
 
 
-def told(outcome: httpx.Response | httpx.TransportError, patience: Patience) -> RayscaleError:
+def told(outcome: httpx.Response | Lost, patience: Patience) -> RayscaleError:
     """The server's own line as the error that it was there; the connection's trouble as UnavailableError."""
     if isinstance(outcome, httpx.Response):
         return _refusal(outcome)
@@ -122,34 +124,37 @@ def told(outcome: httpx.Response | httpx.TransportError, patience: Patience) -> 
     if isinstance(outcome, httpx.TimeoutException) and not isinstance(outcome, httpx.ConnectTimeout):
         rule = f"no answer within {patience.timeout_s:g} s"
         return UnavailableError("url", url, rule, "give it more time, or a smaller picture")
-    why = str(outcome) or type(outcome).__name__
+    why = " ".join(str(outcome).split()) or type(outcome).__name__
+    if isinstance(outcome, httpx.DecodingError):
+        why = f"the answer is damaged ({why})"
     return UnavailableError("url", url, why, "check the address and that the server runs")
 
 
-def _cause(outcome: httpx.Response | httpx.TransportError) -> Exception:
+def _cause(outcome: httpx.Response | Lost) -> Exception:
     """The response stays at hand: `error.__cause__.response` has its headers."""
-    if isinstance(outcome, httpx.TransportError):
+    if not isinstance(outcome, httpx.Response):
         return outcome
     return httpx.HTTPStatusError(outcome.reason_phrase, request=outcome.request, response=outcome)
 
 
 def _refusal(response: httpx.Response) -> RayscaleError:
-    problem = _problem(response)
-    kind = str(problem.get("type", "")).removeprefix(PROBLEM)
+    found = problem(response)
+    kind = str(found.get("type", "")).removeprefix(PROBLEM)
     cls = _KINDS.get(kind) or _by_status(response.status_code)
-    line = " ".join(str(problem.get("detail") or f"{response.reason_phrase}; ask whoever runs the server").split())
+    line = " ".join(str(found.get("detail") or f"{response.reason_phrase}; ask whoever runs the server").split())
     if parts := _LINE.fullmatch(line):
         return cls(*parts.groups())
     rule, _, remedy = line.rpartition("; ")
     return cls("server", response.status_code, rule or line, remedy if rule else "see its log")
 
 
-def _problem(response: httpx.Response) -> dict[str, Any]:
+def problem(response: httpx.Response) -> dict[str, Any]:
+    """What a refusal says of itself; {} where it is none of ours."""
     if "json" not in response.headers.get("content-type", ""):
         return {}
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -20,7 +20,7 @@ import httpx
 from rayscale.client import AsyncClient
 from rayscale.client.answers import Answer
 from rayscale.client.calls import Call
-from rayscale.errors import RayscaleError
+from rayscale.client.exchange import problem
 
 PERCENTILES = (50, 90, 95, 99)
 NOT_SENT = "not sent: too many in flight"
@@ -82,20 +82,17 @@ async def _shot(client: AsyncClient, call: Call[Any], start: float, due_s: float
         answer = await client.send(call)
         if isinstance(answer, Answer) and answer.model:
             model = answer.model if answer.version is None else f"{answer.model}:{answer.version}"
-    except RayscaleError as failure:
+    except Exception as failure:  # also of some library: the other requests are measured nevertheless
         error, line = kind_of(failure), str(failure)
     return Shot(due_s=due_s, sent_s=sent_s, done_s=time.monotonic() - start, error=error, line=line, model=model)
 
 
-def kind_of(error: RayscaleError) -> str:
+def kind_of(error: Exception) -> str:
     """ "503 busy", "timeout", "ConnectError", ...: what is counted."""
     cause = error.__cause__
     if isinstance(cause, httpx.HTTPStatusError):
-        problem = ""
-        if "json" in cause.response.headers.get("content-type", ""):
-            found = cause.response.json()
-            problem = str(found.get("type", "")).rpartition(":")[2] if isinstance(found, dict) else ""
-        return f"{cause.response.status_code} {problem}".strip()
+        kind = str(problem(cause.response).get("type", "")).rpartition(":")[2]
+        return f"{cause.response.status_code} {kind}".strip()
     if isinstance(cause, httpx.TimeoutException):
         return TIMED_OUT
     return type(cause or error).__name__
