@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -28,6 +29,7 @@ from rayscale.errors import (
 
 CLOCK_STEP_S = 3.0  # no file system in use tells times apart less finely than by 2 s
 TEMPORARY = ".tmp-"  # name prefix of a file that is still being written; never listed
+NAME_CHARS = 40  # of the object's name, at the end of such a file's
 
 
 class Entry(NamedTuple):
@@ -93,8 +95,12 @@ class Store(ABC):
         """Remove an object; none there is no error."""
 
     @abstractmethod
-    def sweep(self) -> None:
-        """Remove what killed writers left behind. For the owner of the place: a live writer loses its file."""
+    def sweep(self, folder: str, names: re.Pattern[str]) -> None:
+        """Remove what killed writers left in one folder ("" is the top), and the folder below the top once it is empty.
+
+        Only of objects the first NAME_CHARS of whose name match `names`: others may write beside them. For the owner
+        of these names: a live writer loses its file.
+        """
 
 
 def open_store(uri: str | Path) -> Store:
@@ -118,6 +124,13 @@ def open_store(uri: str | Path) -> Store:
 def join(uri: str | Path, *parts: str) -> str:
     """`uri` with parts appended, one slash between them."""
     return "/".join([str(uri).rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def overlap(a: Store, b: Store) -> bool:
+    """Is one of two places the other, or within it? Whatever path leads there: symbolic links are followed."""
+    real = [os.path.realpath(store.uri) if isinstance(store, LocalStore) else store.uri for store in (a, b)]
+    one, two = (f"{path.rstrip('/')}/" for path in real)
+    return one.startswith(two) or two.startswith(one)
 
 
 def home() -> Path:
@@ -242,13 +255,16 @@ class LocalStore(Store):
         with os_errors(self.path(key)):
             self.path(key).unlink(missing_ok=True)
 
-    def sweep(self) -> None:
-        for folder, _, names in os.walk(self.uri, topdown=False):
-            for name in names:
-                if name.startswith(TEMPORARY):
-                    Path(folder, name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # an object store has no empty folders; the others stay
-                Path(folder).rmdir()
+    def sweep(self, folder: str, names: re.Pattern[str]) -> None:
+        place = self.path(folder) if folder else Path(self.uri)
+        for path in place.glob(f"{TEMPORARY}*"):
+            left = _TEMPORARY_NAME.fullmatch(path.name)
+            if left and names.fullmatch(left[1]):
+                with os_errors(path):
+                    path.unlink(missing_ok=True)
+        if folder:
+            with contextlib.suppress(OSError):  # it is not empty, not there, or a symbolic link
+                place.rmdir()
 
 
 def _walk(folder: Path, base: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
@@ -275,10 +291,13 @@ def _etag(info: os.stat_result) -> str:
     return f"{info.st_mtime_ns:x}-{info.st_size:x}"
 
 
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{32}}-(.*)", re.DOTALL)
+
+
 @contextlib.contextmanager
 def whole(target: Path, *, if_absent: bool = False) -> Iterator[Path]:
     """A path beside `target` to write to; on success flushed to disk and renamed, otherwise removed."""
-    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name[:40]}")
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name[:NAME_CHARS]}")
     with os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -133,7 +133,7 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         _request(join(self.uri, key), lambda s3: s3.delete_object(**self._at(key)))
 
-    def sweep(self) -> None:
+    def sweep(self, folder: str, names: re.Pattern[str]) -> None:
         """Nothing: parts of a killed upload are no objects; a lifecycle rule of the bucket ends their cost."""
 
 

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 # Read by MLflow while it is imported: no usage reports to third parties, no logging set-up of its own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -60,6 +59,20 @@ _METRIC_NAME = re.compile(r"^[\w\-. :/]{1,250}$")
 _CAUSE = re.compile(r"\[Errno[^\]]*\][^'\")]*|timed out|certificate verify failed[^'\")]*")
 _KNOWN_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND")
 _ABSENT = re.compile(r"\b404\b|NoSuchKey|NoSuchBucket")  # stores behind MLflow say it in prose
+_MASK = "***@"
+
+
+def _userinfo(end: str) -> re.Pattern[str]:
+    """What stands before the host of a URI, up to its @. end: characters that no URI goes on behind.
+
+    Not by `urlsplit`: to that a password with a slash is a path. Only where the first colon is not that of
+    a host and its port (five digits at most) are slashes taken for a password's.
+    """
+    host = rf"(?:\[[^]{end}]*\]|[^:/?#{end}]*)(?::\d{{1,5}})?(?:[/?#{end}]|$)"
+    return re.compile(rf"(?<=://)(?:[^/?#{end}]*@|(?!{host})[^/?#{end}]*:[^{end}]*@)")
+
+
+_IN_URI, _IN_TEXT = _userinfo(r"\0"), _userinfo(r"\s")  # a password may hold a space, in prose a URI ends there
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 
 for _chatter, _level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
@@ -72,12 +85,8 @@ def default_uri() -> str:
 
 
 def without_password(uri: str) -> str:
-    """`https://user:secret@host/x` -> `https://user@host/x`: what may be stored and shown."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username}@{host}").geturl()
+    """`https://user:secret@host/x` -> `https://host/x`: what may be stored and shown. A user may be a token."""
+    return _IN_URI.sub("", uri)
 
 
 def connect(uri: str | None = None) -> MlflowClient:
@@ -87,7 +96,7 @@ def connect(uri: str | None = None) -> MlflowClient:
     """
     uri = uri or default_uri()
     if not uri.startswith(("http://", "https://", "sqlite:///")):
-        raise ConfigError("MLFLOW_TRACKING_URI", _masked(uri), "must be http(s)://HOST or sqlite:///FILE",
+        raise ConfigError("MLFLOW_TRACKING_URI", _IN_URI.sub(_MASK, uri), "must be http(s)://HOST or sqlite:///FILE",
                           "put `mlflow server` in front of any other database")  # fmt: skip
     if database := _sqlite_path(uri):
         try:
@@ -132,7 +141,7 @@ def _raise(uri: str, code: str, error: Exception) -> NoReturn:
     said = _masked(" ".join(str(error).split()))
     if cause := _CAUSE.search(said):  # of a chain of four libraries, what the system said
         said = cause[0]
-    uri = _masked(uri)
+    uri = _IN_URI.sub(_MASK, uri)
     if code in _KNOWN_ABSENT:
         raise MissingError("tracking", uri, said, "check MLFLOW_TRACKING_URI and the name") from None
     if code in _REFUSED:
@@ -150,7 +159,7 @@ def _raise(uri: str, code: str, error: Exception) -> NoReturn:
 
 
 def _masked(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)  # no passwords in messages
+    return _IN_TEXT.sub(_MASK, text)  # no passwords in messages
 
 
 def _sqlite_path(uri: str) -> Path | None:

@@ -19,6 +19,7 @@ from rayscale.cli.models import rollback
 from rayscale.cli.promote import promote
 from rayscale.cli.publish import publish
 from rayscale.cli.recipes import recipes as list_recipes
+from rayscale.cli.train import train
 from rayscale.contract import digest, dumps
 from rayscale.data.shards import open_split
 from rayscale.errors import ConfigError, GateError, IntegrityError, MissingError
@@ -26,7 +27,7 @@ from rayscale.registry import moves
 from rayscale.registry.models import Registry
 from rayscale.tracking import Tracker
 from rayscale.train.checkpoint import CheckpointInfo, save
-from rayscale.train.record import RunRecord, write_run
+from rayscale.train.record import RunRecord, open_run, write_run
 
 TINY = "rayscale.recipes.compact:tiny"
 LAX = ("gate.min_gain_db_over_baseline=-20", "gate.max_image_loss_db=20", "gate.also_margin=1",
@@ -201,6 +202,48 @@ def test_what_cannot_be_published(make_run: Callable[..., str], tmp_path: Path) 
     with pytest.raises(IntegrityError):
         publish(uri, "m")
     assert Registry().names() == ()  # nothing half-published
+
+
+def test_an_edited_gate_needs_no_training(make_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = make_run("r", better)
+    recipe = recipes.load(TINY, LAX)
+
+    def edit(**changes: Any) -> None:
+        monkeypatch.setattr(recipes, "load", lambda *_: dataclasses.replace(recipe, **changes))
+
+    gate = dataclasses.replace(recipe.gate, margin_vs_champion=0.123)
+    edit(gate=gate)
+    version = Registry().resolve(f"m:{publish(uri, 'm', licence='MIT')['version']}")
+    assert json.loads(version.tags["gate"])["margin_vs_champion"] == 0.123
+
+    edit(gate=gate, run=dataclasses.replace(recipe.run, seed=5))  # control: by this it would be trained otherwise
+    said = rf"run\.seed: .* -> 5; .*train --name r --rebase` and run\.total_images above {recipe.run.total_images}"
+    with pytest.raises(ConfigError, match=said):
+        publish(uri, "m")
+    write_run(dataclasses.replace(open_run(uri), status="running"))
+    with pytest.raises(ConfigError, match=r"train --name r --rebase`$"):
+        publish(uri, "m")
+
+
+def test_a_rebase_that_would_train_nothing_changes_nothing(
+    make_run: Callable[..., str], dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = make_run("r", better)  # has seen 8 images
+    before = (Path(uri) / "run.json").read_bytes()
+
+    def rebase(total_images: int) -> None:
+        settings = [*LAX, f"run.total_images={total_images}", "run.seed=5"]
+        train(recipe=TINY, data=[dataset], settings=settings, name="r", storage=str(tmp_path / "runs"), rebase=True)
+
+    def reached(*_: object) -> None:
+        raise RuntimeError("would train")
+
+    monkeypatch.setattr("rayscale.cli.train.check_disk", reached)
+    with pytest.raises(ConfigError, match=r"run\.total_images=8: the run has seen 8 images, .*raise it above 8"):
+        rebase(8)
+    with pytest.raises(RuntimeError, match="would train"):  # control: with images left it goes on
+        rebase(9)
+    assert (Path(uri) / "run.json").read_bytes() == before
 
 
 def test_what_cannot_be_promoted(make_run: Callable[..., str]) -> None:

@@ -139,6 +139,62 @@ def test_mistakes_are_named(mlflow_home: Path, tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://user:p@ss@host", "https://host"),
+        ("https://user:a/b@host/x", "https://host/x"),
+        ("https://user:/b@host:5000", "https://host:5000"),
+        ("https://user:a/b@c?d#e@host/x", "https://host/x"),
+        ("https://user:123456/b@host", "https://host"),
+        ("https://TOKEN@host", "https://host"),
+        ("https://:pw@host", "https://host"),
+        ("https://user:pw@[::1]:5000/a@b", "https://[::1]:5000/a@b"),
+        ("postgresql+psycopg2://user:pw@host:5432/db", "postgresql+psycopg2://host:5432/db"),
+    ],
+)
+def test_nothing_that_stands_before_the_host_is_shown(uri: str, shown: str) -> None:
+    scheme, _, rest = shown.partition("://")
+    assert tracking.without_password(uri) == shown
+    assert tracking._masked(f"no answer from {uri} for me@home: 1/2") == (
+        f"no answer from {scheme}://***@{rest} for me@home: 1/2"
+    )
+    with pytest.raises(UnavailableError) as caught, tracking.answering(uri):
+        raise ConnectionError(f"{uri} is away")
+    assert str(caught.value).count(f"{scheme}://***@{rest}") == 2
+    assert uri not in str(caught.value)
+
+
+def test_a_password_with_a_space_is_not_shown() -> None:
+    assert tracking.without_password("https://user:p w@host/x") == "https://host/x"
+    with pytest.raises(ConfigError, match=r"=postgresql://\*\*\*@db/mlflow:"):
+        connect("postgresql://me:sec ret@db/mlflow")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://host/a@b",
+        "https://host:5000/a@b",
+        "https://host:5000/a:b@c",
+        "https://host?to=a@b",
+        "https://host#a@b",
+        "http://[::1]:5000/a@b",
+        "http://[::1]/a@b",
+        "s3://bucket/a@b",
+        "sqlite:////home/a@b/mlflow.db",
+        "sqlite:///a@b.db",
+        "file:///x/a:b@c",
+        "/home/me:x//a@b",
+        "me@home",
+        "",
+    ],
+)
+def test_what_holds_no_password_stays_as_it_is(uri: str) -> None:
+    assert tracking.without_password(uri) == uri
+    assert tracking._masked(f"a@b: {uri}, c@d") == f"a@b: {uri}, c@d"
+
+
 def test_nothing_is_said_on_the_way(mlflow_home: Path) -> None:
     """The last line of standard output is a command's result; MLflow must not write there, nor chat elsewhere."""
     (mlflow_home / "mlflow.db").unlink()  # making the schema is when it is loudest

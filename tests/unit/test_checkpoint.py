@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rayscale import contract
+from rayscale.data.plan import DataSettings
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError, UnavailableError
 from rayscale.task import Optimizer
 from rayscale.tasks.compact import Compact
 from rayscale.train import checkpoint
 from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.identity import claim, default_name, run_uri
+from rayscale.train.job import Job, Placement, check_steps_left
 from rayscale.train.loop import RunSettings, build_state
 from rayscale.train.record import RunRecord, Start, open_run, read_position, write_position, write_run
 
@@ -55,7 +58,8 @@ def test_scores_from_before_a_rebase_do_not_count(folder: Path) -> None:
     rewrite(folder, 300, recipe_digest="new", plan_digest="p")
     found = checkpoint.select(str(folder), "best", recipe_digest="new", plan_digest="p")
     assert found.images_seen == 300
-    with pytest.raises(MissingError, match="the run has none"):
+    said = "the run has none since its recipe or data were edited, at 300 images; .*run.total_images above"
+    with pytest.raises(MissingError, match=said):
         checkpoint.select(str(folder), "last", recipe_digest="newer")
 
 
@@ -197,6 +201,44 @@ def test_another_tracking_server_is_refused(tmp_path: Path) -> None:
     write_run(record(tmp_path))
     with pytest.raises(ConflictError, match="MLFLOW_TRACKING_URI=sqlite:///y"):
         claim(record(tmp_path, tracking_uri="sqlite:///y"))
+
+
+def test_a_user_that_was_recorded_once_is_shown_no_more(tmp_path: Path) -> None:
+    """Former versions left the user in the record; the run goes on, without."""
+    write_run(record(tmp_path, tracking_uri="https://TOKEN@host"))
+    assert claim(record(tmp_path, tracking_uri="https://host")).tracking_uri == "https://host"
+    write_run(record(tmp_path, name="mine-2", uri=str(tmp_path / "mine-2"), tracking_uri="https://TOKEN@host"))
+    assert claim(record(tmp_path), new=True).tracking_uri == "https://host"
+    with pytest.raises(ConflictError, match="tracked in https://host;") as caught:
+        claim(record(tmp_path, tracking_uri="https://other"))
+    assert "TOKEN" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("total_images", "changes", "left"),
+    [
+        (300, {"recipe_digest": "new"}, False),
+        (200, {"recipe_digest": "new"}, False),
+        (300, {"plan_digest": "new"}, False),
+        (301, {"recipe_digest": "new"}, True),
+        (300, {}, True),  # the same recipe: all but the word of it was done
+    ],
+)
+def test_an_edited_recipe_needs_images_that_are_left(
+    folder: Path, tmp_path: Path, total_images: int, changes: dict[str, str], left: bool
+) -> None:
+    """Without, no checkpoint of it would be written, and the run would be finished with nothing to publish."""
+    rewrite(folder, 300, recipe_digest="a", plan_digest="p")
+    nothing: Any = None
+    job = Job(task=TASK, data=DataSettings(micro_batch=4, virtual_shards=1), run=RunSettings(total_images=total_images),
+              record=record(tmp_path, **changes), photos=nothing, placement=Placement(), validate=None,
+              tracking_uri="")  # fmt: skip
+    newest = checkpoint.checkpoints(str(folder))[0]
+    if left:
+        check_steps_left(job, newest)
+        return
+    with pytest.raises(ConfigError, match=rf"run\.total_images={total_images}: .*raise it above 300; .*gate"):
+        check_steps_left(job, newest)
 
 
 def test_names(tmp_path: Path) -> None:

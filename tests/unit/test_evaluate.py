@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import nn
 
 from rayscale import contract, evaluate
 from rayscale.artifact import Session, load
+from rayscale.cli import judge
+from rayscale.cli import publish as publishing
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, TensorSpec
 from rayscale.data import presets
 from rayscale.data.operators import Bicubic, Mask
@@ -48,6 +51,7 @@ from rayscale.evaluate import (
 )
 from rayscale.features import FeatureNet
 from rayscale.imaging import U8, decode_rgb, encode, to_hwc_u8
+from rayscale.recipes import embed
 from rayscale.registry.gate import Contest, Gate, Hold, Promote, decide
 
 ARTIFACT = Path(__file__).parents[1] / "golden" / "artifact_v1"
@@ -314,6 +318,93 @@ def test_generators_and_embeddings_are_scored_on_small_whole_pictures(dataset: s
     assert found > 0.5 > lost
     assert score_baseline(spec, suite).subject in ("pixels", "colour-histogram")
     assert show({"model": Model(spec, colours)}, suite, max_images=2).shape[2] == 3
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """Photos of two classes told apart by which half is light, in colours of their own: raw pixels tell the class,
+    colour histograms find the photo."""
+    folder, rng = tmp_path_factory.mktemp("halves"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        for side in ("left", "right"):
+            (folder / "photos" / split / side).mkdir(parents=True)
+            for i in range(12):
+                picture = np.empty((64, 64, 3), np.uint8)
+                light, dark = 170 + rng.integers(0, 80, 3), rng.integers(0, 80, 3)
+                picture[:, :32], picture[:, 32:] = (light, dark) if side == "left" else (dark, light)
+                (folder / "photos" / split / side / f"{i}.png").write_bytes(encode(picture, "png"))
+    pack(str(folder / "photos"), str(folder / "packed"), PackSettings(split="folder"))
+    return Suite(str(folder / "packed"), "test", (), side_px=64)
+
+
+EMBED = Spec(kind="embed", inputs=(IMAGE,), outputs=(TensorSpec(name="vector", shape=("n", 8)),))
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [
+        ("same_photo_at_1", "colour-histogram"),
+        ("precision_at_10", "pixels"),
+        ("", "pixels"),  # the first of the kind
+        ("psnr_y", "pixels"),  # not of the kind
+    ],
+)
+def test_the_baseline_is_the_best_by_the_metric_that_decides(halves: Suite, metric: str, best: str) -> None:
+    assert score_baseline(EMBED, halves, metric).subject == best
+
+
+@pytest.mark.parametrize(("metric", "best"), [("psnr_y", "noise"), ("ssim_y", "offset"), ("", "noise")])
+def test_so_it_is_for_pictures(suite: Suite, metric: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = truth(suite)
+
+    def noise(lr: U8) -> U8:
+        hr = known(lr)
+        return np.clip(hr + np.random.default_rng(0).normal(0, 10, hr.shape), 0, 255).astype(np.uint8)
+
+    def offset(lr: U8) -> U8:
+        return np.clip(known(lr).astype(int) + 20, 0, 255).astype(np.uint8)
+
+    monkeypatch.setattr(evaluate, "baselines", lambda _: {"noise": noise, "offset": offset})
+    assert score_baseline(PLAIN, suite, metric).subject == best
+
+
+@pytest.mark.parametrize("order", [("broken", "good", "bad"), ("good", "broken", "bad"), ("bad", "good", "broken")])
+def test_a_baseline_that_is_not_finite_is_the_best_of_none(
+    suite: Suite, order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: U8) -> U8:
+        raise DivergedError("picture", "nan", "must be finite", "-")
+
+    runs: dict[str, Run] = {"broken": broken, "good": baseline(2), "bad": lambda lr: baseline(2)(lr) // 2}
+    monkeypatch.setattr(evaluate, "baselines", lambda _: {name: runs[name] for name in order})
+    assert score_baseline(PLAIN, suite).subject == "good"
+    monkeypatch.setattr(evaluate, "baselines", lambda _: {"broken": broken})
+    assert math.isnan(score_baseline(PLAIN, suite).mean("psnr_y"))
+
+
+@pytest.mark.parametrize(("metric", "passes"), [("same_photo_at_1", False), ("precision_at_10", True)])
+def test_publish_and_promote_hold_a_model_against_the_baseline_of_its_gate(
+    halves: Suite, metric: str, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The candidate knows every class, and half the photos that a colour histogram knows: by its photos it is held."""
+    best = score_baseline(EMBED, halves, "same_photo_at_1")
+    half = [value * (i % 2) for i, value in enumerate(best.metrics["same_photo_at_1"])]
+    values = {"precision_at_10": (1.0,) * len(best.keys), "same_photo_at_1": tuple(half)}
+    candidate = replace(best, subject="candidate", metrics=values)
+    assert 0.02 < candidate.mean("same_photo_at_1") < best.mean("same_photo_at_1") - 0.1
+    gate = replace(embed.GATE, metric=metric, min_gain_db_over_baseline=0.0)
+    made = ModelCard(family="f", spec=EMBED, licence="MIT", parity_max_abs=0.0,
+                     lineage=Lineage(recipe="r", code_version="c"))  # fmt: skip
+
+    monkeypatch.setattr(judge, "score_session", lambda *_: candidate)
+    sessions: Any = {"candidate": SimpleNamespace(card=made)}
+    contest = judge._contest(halves, sessions, {}, gate)
+    assert isinstance(decide({"published": contest}, gate, made), Promote) == passes
+
+    monkeypatch.setattr(publishing, "digest_of", lambda _: "")
+    monkeypatch.setattr(publishing, "score_artifact", lambda *_: SimpleNamespace(scores=candidate))
+    published = publishing._score(Path(), EMBED, halves, gate, "cpu")
+    assert published == {"baseline": contest.baseline, "model": candidate}
 
 
 def test_the_self_ensemble_is_what_it_says() -> None:

@@ -241,6 +241,71 @@ def test_photos_and_dataset_must_not_overlap(source):
     pack(str(source), f"{source}-shards", SMALL)  # a name that only begins alike
 
 
+@pytest.mark.parametrize(("photos", "out"), [("link", "photos"), ("photos", "link"), ("photos", "link/new"),
+                                             ("calm/../photos", "photos"), ("link/cat", "photos")])  # fmt: skip
+def test_photos_and_dataset_are_held_apart_by_whatever_path(source, tmp_path, photos, out):
+    """A path of another spelling, or a symbolic link, is the same place; a link to another one is not."""
+    (source / "scan").mkdir()
+    (source / "scan/old.png").write_bytes(photo(300))
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "apart").symlink_to(tmp_path / "calm")
+    before = contents(source)
+    with pytest.raises(ConfigError, match="must lie outside"):
+        pack(f"{tmp_path}/{photos}", f"{tmp_path}/{out}", SMALL)
+    assert contents(source) == before
+    assert sum(pack(f"{tmp_path}/link", f"{tmp_path}/apart", SMALL).manifest.counts.values()) == 25
+    assert contents(source) == before
+
+
+def of_a_user(out: Path) -> dict[str, str]:
+    """What somebody keeps in a folder that becomes a dataset, much of it named nearly as ours."""
+    digest, temporary = "0" * 64, f".tmp-{'0' * 32}"
+    for name in ("scan/old.png", "scan/notes.json", f"scan/{digest}.png", f"scan/{digest[1:]}.json",
+                 f"scan/more/{digest}.json", f"more/scan/{digest}.json", "train-1.tar", "index.parquet",
+                 ".tmp-mine", f"{temporary}-letter.png", "scan/.tmp-mine", f"scan/{temporary}-old.png",
+                 f"more/{temporary}-train-000000-{digest[:16]}.tar"):  # fmt: skip
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(f"of the user: {name}")
+    for name in ("empty", "scan/empty"):
+        (out / name).mkdir()
+    return contents(out)
+
+
+def test_nothing_of_the_user_in_the_place_is_removed(source, tmp_path):
+    """Negative control: what a killed run left under our names goes, from between the user's own."""
+    out, digest, temporary = tmp_path / "out", "1" * 64, f".tmp-{'1' * 32}"
+    kept = of_a_user(out)
+    shard = f"train-000000-{digest[:16]}.tar"
+    ours = [f"scan/{digest}.json", f"scan/{temporary}-{digest[:40]}", shard, f"{temporary}-{shard}",
+            f"index-{digest[:16]}.parquet", f"{temporary}-manifest.json"]  # fmt: skip
+    for name in ours:
+        (out / name).write_bytes(b"left")
+    pack(str(source), str(out), SMALL)
+    calm = pack(str(source), str(tmp_path / "calm"), SMALL)
+    assert contents(out).keys() == kept.keys() | contents(tmp_path / "calm").keys()
+    assert kept.items() <= contents(out).items()
+    (out / ours[0]).write_bytes(b"left")
+    assert pack(str(source), str(out), SMALL).manifest == calm.manifest  # complete: it only tidies up
+    assert contents(out).keys() == kept.keys() | contents(tmp_path / "calm").keys()
+    assert kept.items() <= contents(out).items()
+
+
+def test_nothing_of_the_user_is_removed_as_a_scan_proves_wrong(source, tmp_path):
+    out = tmp_path / "out"
+    kept = of_a_user(out)
+
+    def change(phase: str, done: int, total: int) -> None:
+        if phase == "scanning" and done == total:
+            (source / "cat/photo.00.png").write_bytes(photo(300))
+
+    with pytest.raises(IntegrityError, match="is not what it was when it was scanned"):
+        pack(str(source), str(out), SMALL, on_progress=change)
+    assert kept.items() <= contents(out).items()
+    left = {path.relative_to(out).as_posix() for path in out.glob("scan/*.json")}
+    assert left == {name for name in kept if name.startswith("scan/") and name.count("/") == 1 and "json" in name}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"shard_bytes": 0}, {"min_side": 0}, {"split": "random"}, {"validation_fraction": 1.0}, {"test_fraction": -0.1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from rayscale.storage import (
     home,
     join,
     open_store,
+    overlap,
     ray_filesystem,
     upload_dir,
 )
@@ -183,8 +185,35 @@ with storage.whole(storage.open_store({str(tmp_path)!r}).path("x/shard.tar")) as
     assert list(store.list()) == []  # ... but no object
     assert not store.exists("x/shard.tar")
     store.write("kept", b"1")
-    store.sweep()
+    for folder, names in (("x", "other.tar"), ("", "shard.tar"), ("none", "shard.tar")):  # of another writer, or place
+        store.sweep(folder, re.compile(names))
+    assert len(files(tmp_path)) == 2
+    store.sweep("x", re.compile(r"shard\.tar"))
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["kept"]
+
+
+def test_sweep_leaves_what_is_not_by_our_naming(tmp_path):
+    others = {"x/.tmp-mine", f"x/.tmp-{'0' * 31}-a", f"x/.tmp-{'0' * 32}-b", f"x/y/.tmp-{'0' * 32}-a", "x/a"}
+    for name in (*others, f"x/.tmp-{'0' * 32}-a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "x/empty").mkdir()
+    open_store(tmp_path).sweep("x", re.compile("a"))
+    assert files(tmp_path) == others
+    assert (tmp_path / "x/empty").is_dir()
+
+
+def test_places_overlap_by_whatever_path_they_are_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a/b")
+    within = [("a", "a"), ("a", "a/b"), ("link", "a/b"), ("link/new", "a"), ("a/b/../../link", "a/b/c"), ("/", "a")]
+    apart = [("a", "a-b"), ("a/b", "a/c"), ("link", "link-2"), ("link/..", "a-b"), ("link", "a/bb")]
+    for pairs, expected in ((within, True), (apart, False)):
+        for one, two in pairs:
+            places = [open_store(os.path.join(tmp_path, name)) for name in (one, two)]  # noqa: PTH118  keeps the ".."
+            assert overlap(*places) == overlap(*places[::-1]) == expected, (one, two)
+    assert overlap(open_store("s3://bucket/a"), open_store("s3://bucket"))
+    assert not overlap(open_store("s3://bucket/a"), open_store("s3://bucket/ab"))
 
 
 def test_of_many_writers_with_if_absent_exactly_one_wins(tmp_path):

@@ -206,7 +206,10 @@ def drop(
     data: Data,
     key: Annotated[
         list[str] | None,
-        typer.Option(help="A photo's key, or its path in the source (it stands for all tiles); may be repeated."),
+        typer.Option(
+            help="A photo's key, or its path in the source: it stands for all tiles, that of a duplicate for the equal "
+            "photo that was kept. May be repeated."
+        ),
     ] = None,
     keys_from: Annotated[str, typer.Option(help="A file with one of them a line.")] = "",
     out: Annotated[str, typer.Option(help="A new place for the dataset without them; the old one stays.")] = "",

@@ -60,7 +60,7 @@ def judge(
         return Judged(refuse(candidate.digest, str(error)), gate, fault=error)
     if champion is not None:
         sessions = {"champion": _load(registry, champion, device), **sessions}
-    contests = {name: _contest(suite, sessions, versions) for name, suite in suites.items()}
+    contests = {name: _contest(suite, sessions, versions, gate) for name, suite in suites.items()}
     costs = cost.measure({name: registry.fetch(version, cache) for name, version in versions.items()}, device)
     decision = decide(contests, gate, sessions["candidate"].card, costs)
     return Judged(decision, gate, suites, contests, costs, sessions)
@@ -129,14 +129,14 @@ def _load(registry: Registry, version: Version, device: Device) -> Session:
     return artifact.load(folder, expect_digest=version.digest, device=device)
 
 
-def _contest(suite: Suite, sessions: Mapping[str, Session], versions: Mapping[str, Version]) -> Contest:
+def _contest(suite: Suite, sessions: Mapping[str, Session], versions: Mapping[str, Version], gate: Gate) -> Contest:
     found = {}
     for name in sorted(sessions):  # the candidate first: what it cannot do is told before more work
         try:
             found[name] = score_session(sessions[name], suite)
         except ConfigError as error:
             raise ConfigError(str(versions[name]), error.value, error.rule, error.remedy) from None
-    baseline = score_baseline(sessions["candidate"].card.spec, suite)
+    baseline = score_baseline(sessions["candidate"].card.spec, suite, gate.metric)
     return Contest(candidate=found["candidate"], baseline=baseline, champion=found.get("champion"))
 
 

@@ -16,9 +16,9 @@ from rayscale.artifact import Device, digest_of
 from rayscale.cli.disk import check_disks
 from rayscale.cli.scoring import device_of, means, score_artifact
 from rayscale.contract import Lineage, ModelCard, Scores, Spec, digest, dumps
-from rayscale.data.mixture import open_mixture
+from rayscale.data.mixture import check_held_out, open_mixture
 from rayscale.data.shards import open_split
-from rayscale.errors import ConfigError, nearest
+from rayscale.errors import ConfigError, MissingError, nearest
 from rayscale.evaluate import METRICS, Suite, compare, score_baseline, suite_for
 from rayscale.observe import log
 from rayscale.recipes import Recipe
@@ -71,7 +71,8 @@ def publish(
     digests = {"recipe_digest": record.recipe_digest, "plan_digest": record.plan_digest}
     checkpoint = select(run, ship, recipe.run.best_metric, **digests)
     held_out = open_store(photos or _held_out(record)).uri
-    run_id = record.mlflow_run_id if without_password(tracking_uri) == record.tracking_uri else ""
+    _check_unseen(record, held_out)
+    run_id = record.mlflow_run_id if _same(tracking_uri, record.tracking_uri) else ""
     check_disks(tracking_uri, model_bytes=2 * sum(entry.size for entry in open_store(checkpoint.uri).list()))
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare(recipe, record, checkpoint, name, licence.strip(), held_out, where, Path(scratch))
@@ -85,15 +86,40 @@ def _held_out(record: RunRecord) -> str:
     return next((uri for uri in record.datasets if len(open_split(uri, "test"))), record.datasets[0])
 
 
+def _check_unseen(record: RunRecord, held_out: str) -> None:
+    """Raises: ConfigError where the run was trained on photos that it would be scored on."""
+    test = open_split(held_out, "test")
+    if record.datasets == (test.uri,) or not len(test):  # one dataset holds each photo once
+        return
+    try:
+        trained = [open_split(uri, "train") for uri in record.datasets]
+        check_held_out(trained, [test], "name photos that the run has not seen with --photos")
+    except MissingError as error:
+        log.warning("whether the run was trained on photos of %s cannot be told: %s", test.uri, error)
+
+
 def _recipe(record: RunRecord) -> Recipe:
-    """The recipe of the run as it is today. Raises: ConfigError where that is another one."""
+    """The recipe of the run as it is today, an edited gate included: no weight depends on that.
+
+    Raises: ConfigError where what was trained by is another one.
+    """
     recipe = recipes.load(record.recipe, record.overrides)
     now = recipes.resolved(recipe)
     if digest(now) != record.recipe_digest:
-        edits = "; ".join(differences(record.resolved, now)) or "its digest differs"
-        raise ConfigError("recipe", record.recipe, f"was edited since the run: {edits}",
-                          "undo the edit, or go on with `train --rebase`")  # fmt: skip
+        edits = differences(record.resolved, now)
+        if not edits or any(not edit.startswith("gate.") for edit in edits):
+            seen = record.resolved["run"]["total_images"]
+            more = f" and run.total_images above {seen}" if record.status == "finished" else ""
+            rule = f"was edited since the run: {'; '.join(edits) or 'its digest differs'}"
+            remedy = f"undo the edit, or go on with `train --name {record.name} --rebase`{more}"
+            raise ConfigError("recipe", record.recipe, rule, remedy)
+        log.info("the gate was edited since the run: %s", "; ".join(edits))
     return recipe
+
+
+def _same(tracking_uri: str, recorded: str) -> bool:
+    # what an older version recorded may name a user
+    return without_password(tracking_uri) == without_password(recorded)
 
 
 def _prepare(
@@ -126,15 +152,13 @@ def _prepare(
         folder = scratch / full_name
         card = export.to_onnx(module, card, folder)
         suite = suite_for(spec, recipe.data, held_out, "test")
-        prepared.append(Prepared(full_name, folder, card, suite, _score(folder, spec, suite, device)))
+        prepared.append(Prepared(full_name, folder, card, suite, _score(folder, spec, suite, recipe.gate, device)))
     return prepared
 
 
-def _score(folder: Path, spec: Spec, suite: Suite, device: Device) -> dict[str, Scores]:
-    scores = {
-        "baseline": score_baseline(spec, suite),
-        "model": score_artifact(folder, digest_of(folder), suite, device).scores,
-    }
+def _score(folder: Path, spec: Spec, suite: Suite, gate: Gate, device: Device) -> dict[str, Scores]:
+    model = score_artifact(folder, digest_of(folder), suite, device).scores
+    scores = {"baseline": score_baseline(spec, suite, _gate(gate, model).metric), "model": model}
     log.info("held-out photos:\n%s", compare(scores))
     return scores
 

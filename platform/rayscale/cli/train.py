@@ -18,7 +18,7 @@ from rayscale import recipes
 from rayscale.cli.cluster import connect
 from rayscale.cli.disk import check_disks
 from rayscale.contract import Spec, code_version, digest, dumps
-from rayscale.data.mixture import Mixture, open_mixture
+from rayscale.data.mixture import Mixture, check_held_out, open_mixture
 from rayscale.data.pairs import DataPlacement
 from rayscale.data.preview import preview
 from rayscale.errors import ConfigError, MissingError, RayscaleError, nearest
@@ -32,7 +32,7 @@ from rayscale.tracking import Tracker, default_uri, without_password
 from rayscale.tracking import connect as connect_mlflow
 from rayscale.train import checkpoint
 from rayscale.train.identity import claim, default_name, run_uri
-from rayscale.train.job import Job, Placement, Validation, check, check_batch, check_disk
+from rayscale.train.job import Job, Placement, Validation, check, check_batch, check_disk, check_steps_left
 from rayscale.train.record import RunRecord, write_run
 from rayscale.train.runner import check_resources
 from rayscale.train.runner import train as run_to_end
@@ -82,6 +82,9 @@ def train(
     if not data:
         raise MissingError("--data", "(missing)", "training needs a packed dataset", "pack one with jobs/ingest.py")
     photos = open_mixture(data, "train")
+    if len(photos.parts) > 1:  # one holds each photo once
+        held_out = [replace(part, split=split) for part in photos.parts for split in ("validation", "test")]
+        check_held_out(photos.parts, held_out, "pack the photos of both into one dataset")
     job = _job(
         chosen,
         _identify(recipe, tuple(settings or ()), chosen, photos, name, storage),
@@ -107,7 +110,9 @@ def train(
     if not found and chosen.run.warm_start:
         checkpoint.warm_start(chosen.run.warm_start, chosen.task.build(torch.device("cpu")))  # likewise
     job = replace(job, record=record)
-    if not found:
+    if found:
+        check_steps_left(job, found[0])
+    else:
         check_batch(job)
     check_disk(job)
     check_disks(job.tracking_uri)

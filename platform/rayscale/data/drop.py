@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from rayscale.data.parallel import Mapper, local
 from rayscale.data.scan import OnProgress, Photo
 from rayscale.data.verify import open_dataset
 from rayscale.errors import ConfigError, ConflictError, IntegrityError, MissingError
-from rayscale.storage import Store, join, open_store
+from rayscale.storage import Store, join, open_store, overlap
 
 
 class Dropped(NamedTuple):
@@ -38,6 +40,7 @@ def drop(
 ) -> Dropped:
     """Leave out the photos with these keys or source keys (a photo's name stands for all of its tiles).
 
+    A duplicate that packing left out stands for the equal photo that was kept: its bytes are what must go.
     Shards that hold one are written anew without it. With an `out_uri` this makes a second dataset there, the first
     stays; with None the dataset itself changes: its old shards are deleted, and runs on it are refused from then on.
 
@@ -46,14 +49,17 @@ def drop(
     """
     store, manifest = open_dataset(uri)
     out = store if out_uri is None else open_store(out_uri)
-    if out_uri is not None and f"{out.uri}/".startswith(f"{store.uri}/"):
+    if out_uri is not None and overlap(out, store):
         raise ConfigError("out", out.uri, f"must lie outside of {store.uri}", "give a new place, or --rewrite")
     swept = sweep(store, manifest) if out_uri is None else 0  # of a run that was killed before it had deleted all
     shards = read_index(store, manifest)
     photos = [member.sample.photo for shard in shards for member in shard.members]
-    wanted = set(unwanted)
-    gone = {p.sha256 for p in photos if wanted.intersection(_keys(p))}
-    unknown = sorted(wanted.difference(*(_keys(p) for p in photos if p.sha256 in gone)))
+    told: dict[str, Any] = json.loads(store.read("quarantine.json"))
+    copies, wanted = _copies(told), set(unwanted)
+    gone = {p.sha256 for p in photos if wanted.intersection(_keys(p, copies))}
+    unknown = sorted(wanted.difference(*(_keys(p, copies) for p in photos if p.sha256 in gone)))
+    if out_uri is None and (now := _left_out(told, photos)) != told:  # by a run that was killed before it wrote this
+        store.write("quarantine.json", contract.dumps(now).encode())
     if not gone and swept:
         return Dropped(manifest, [], unknown, 0)
     if not gone:
@@ -69,16 +75,32 @@ def drop(
     _copy(store, out, pairs, mapper or local(), on_progress)
     out.write(made.index_name, index)
     names = sorted(p.name for p in photos if p.sha256 in gone)
-    out.write("quarantine.json", contract.dumps(_left_out(store, photos, gone)).encode())
-    out.delete("origin.json")  # it is no longer what packing makes of the source
+    left_out = contract.dumps(_left_out(told, [p for p in photos if p.sha256 not in gone])).encode()
+    if out_uri is None:
+        out.delete("origin.json")  # it is no longer what packing makes of the source
+    else:
+        out.write("quarantine.json", left_out)
     out.write("manifest.json", contract.dumps(made).encode())
+    if out_uri is None:  # not before: killed in between, the same names could not be resolved again
+        out.write("quarantine.json", left_out)
     sweep(out, made)
     return Dropped(made, names, unknown, sum(shard != kept for shard, kept in pairs))
 
 
-def _keys(photo: Photo) -> tuple[str, ...]:
+def _copies(told: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name of a photo -> those of the equal ones that were left out; of a tile its whole photo's too."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name, kept in told.get("duplicates", {}).items():
+        found[kept] += [name, _BOX.sub("", name)]
+    return found
+
+
+_BOX = re.compile(r"\[\d+,\d+,\d+,\d+\]\Z")  # what `Photo.name` adds for a tile
+
+
+def _keys(photo: Photo, copies: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """All that a photo may be called by."""
-    return photo.sha256[:KEY_CHARS], photo.sha256, photo.source_key, photo.name
+    return photo.sha256[:KEY_CHARS], photo.sha256, photo.source_key, photo.name, *copies.get(photo.name, ())
 
 
 def _without(shard: Shard, gone: Collection[str]) -> Shard | None:
@@ -124,13 +146,14 @@ def _photos(store: Store, shard: Shard, wanted: Collection[str]) -> Iterator[byt
         yield found
 
 
-def _left_out(store: Store, photos: Sequence[Photo], gone: Collection[str]) -> dict[str, Any]:
-    """quarantine.json without the names of what is gone, and of its copies."""
-    names = {name for p in photos if p.sha256 in gone for name in (p.name, p.source_key)}
-    left_out: dict[str, Any] = json.loads(store.read("quarantine.json"))
-    left_out["duplicates"] = {k: v for k, v in left_out.get("duplicates", {}).items() if v not in names}
-    left_out["near_duplicates"] = [
-        kept for group in left_out.get("near_duplicates", []) if len(kept := [n for n in group if n not in names]) > 1
-    ]
-    left_out["unlabelled"] = [name for name in left_out.get("unlabelled", []) if name not in names]
-    return left_out
+def _left_out(told: Mapping[str, Any], photos: Sequence[Photo]) -> dict[str, Any]:
+    """What quarantine.json says of a dataset of these photos: without the names of others, and of their copies."""
+    names, sources = {p.name for p in photos}, {p.source_key for p in photos}
+    copies = {name: kept for name, kept in told.get("duplicates", {}).items() if kept in names}
+    near = [[name for name in group if name in sources] for group in told.get("near_duplicates", [])]
+    return {
+        **told,
+        "duplicates": copies,
+        "near_duplicates": [group for group in near if len(group) > 1],
+        "unlabelled": [name for name in told.get("unlabelled", []) if name in names or name in copies],
+    }

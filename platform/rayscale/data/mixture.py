@@ -90,3 +90,28 @@ def open_mixture(uris: Sequence[str], split: str) -> Mixture:
         if not len(part):
             raise MissingError("data", part.uri, f"its split {split} is empty", "pack more photos, or lower fractions")
     return Mixture(parts)
+
+
+def check_held_out(trained: Sequence[Photos], held_out: Sequence[Photos], remedy: str) -> None:
+    """No photo that scores come from may be trained on. A dataset keeps to that by itself, two may not.
+
+    Equal bytes are found, not what only looks alike. Memory: 32 bytes a photo, a few times over.
+
+    Raises: ConfigError with their number; MissingError where a dataset is gone.
+    """
+    kept = [photos for photos in held_out if len(photos)]
+    known = np.concatenate([np.empty((0, 32), np.uint8), *(photos.sha256 for photos in kept)])
+    for photos in trained:
+        found = np.isin(_whole(photos.sha256), _whole(known))
+        if not found.any():
+            continue
+        first = photos.sha256[found][:1]
+        other = next(o for o in kept if np.isin(_whole(first), _whole(o.sha256)).any())
+        key = photos.keys[int(found.argmax())]
+        rule = f"trains on {found.sum()} of the held-out photos: {key} is in split {other.split} of {other.uri}"
+        raise ConfigError("data", photos.uri, rule, remedy)
+
+
+def _whole(sha256: NDArray[np.uint8]) -> NDArray[np.void]:
+    """One value a digest, as all of it must be equal: u8[n, 32] -> [n]."""
+    return np.ascontiguousarray(sha256).view("V32").ravel()

@@ -20,7 +20,7 @@ from rayscale.data.scan import OnProgress, PackSettings, fingerprint, scan
 from rayscale.data.source import Item, listing
 from rayscale.errors import ConfigError, ConflictError, ImageError, IntegrityError, MissingError, RayscaleError
 from rayscale.observe import log
-from rayscale.storage import Store, check_free, open_store
+from rayscale.storage import NAME_CHARS, Store, check_free, open_store, overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,8 @@ def _write_shards(
                 on_progress("packing", done, total)
     except IntegrityError:  # what was kept of the scan is no longer true
         for entry in out.list("scan/"):
-            out.delete(entry.key)
+            if _SCANNED.fullmatch(entry.key):
+                out.delete(entry.key)
         raise
     if (lost := _missing(out, shards)) and read_manifest(out) is None:  # else another run was first, and removed them
         rule = f"was written by a worker, and {out.uri} does not hold it"
@@ -213,7 +214,7 @@ def _check_same(out: Store, published: Manifest, manifest: Manifest) -> None:
 
 
 def _check_apart(source: Store, out: Store) -> None:
-    if f"{out.uri}/".startswith(f"{source.uri}/") or f"{source.uri}/".startswith(f"{out.uri}/"):
+    if overlap(source, out):
         raise ConfigError("out", out.uri, f"must lie outside the photos ({source.uri})", "give another place")
 
 
@@ -235,14 +236,19 @@ def sweep(out: Store, manifest: Manifest) -> int:
     """Remove what is ours and not of this dataset, as earlier runs left it; how many shards that were."""
     keep, shards = {shard.name for shard in manifest.shards} | {manifest.index_name}, 0
     for entry in out.list():
-        if _OURS.fullmatch(entry.key) and entry.key not in keep:
+        if (_PUBLISHED.fullmatch(entry.key) or _SCANNED.fullmatch(entry.key)) and entry.key not in keep:
             out.delete(entry.key)
             shards += entry.key.endswith(".tar")
-    out.sweep()
+    out.sweep("", _WRITTEN)
+    out.sweep("scan", _SCANNING)
     return shards
 
 
-_OURS = re.compile(r"scan/.*|(train|validation|test)-\d{6,}-[0-9a-f]{16}\.tar|index-[0-9a-f]{16}\.parquet")
+# Exact, as all else in the place may be the user's.
+_PUBLISHED = re.compile(r"(train|validation|test)-\d{6,}-[0-9a-f]{16}\.tar|index-[0-9a-f]{16}\.parquet")
+_SCANNED = re.compile(r"scan/[0-9a-f]{64}\.json")
+_WRITTEN = re.compile(rf"{_PUBLISHED.pattern}|(manifest|quarantine|origin)\.json")
+_SCANNING = re.compile(rf"[0-9a-f]{{{NAME_CHARS}}}")  # the digest in a name is longer than what is kept of it
 
 
 def _report(manifest: Manifest, left_out: Mapping[str, Any], *, notes: tuple[str, ...], existed: bool) -> PackReport:

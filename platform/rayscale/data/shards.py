@@ -79,6 +79,11 @@ class Photos:
         return _Keys(self._index.sha256)
 
     @property
+    def sha256(self) -> NDArray[np.uint8]:
+        """Digests of the photos' bytes, [n, 32]: keys are their beginnings."""
+        return self._index.sha256
+
+    @property
     def widths(self) -> NDArray[np.int32]:
         return self._index.width
 

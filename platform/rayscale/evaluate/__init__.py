@@ -6,6 +6,7 @@ carry the digest of their suite: those of another suite are never compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,14 +86,21 @@ def score_model(model: Model, suite: Suite, subject: str, provider: str = "", ti
     return vectors.score(model, suite, subject, provider)
 
 
-def score_baseline(spec: Spec, suite: Suite) -> Scores:
-    """The best of what a user would otherwise take; its name is the subject."""
+def score_baseline(spec: Spec, suite: Suite, metric: str = "") -> Scores:
+    """The best of what a user would otherwise take; its name is the subject.
+
+    metric: a gate's, that decides which is the best; by default, or where they have none such, the kind's first.
+    """
     if spec.kind == "generate":
         return generated.score_baseline(suite)
     if spec.kind == "embed":
-        return vectors.score_baseline(suite)
-    found = [score(run, suite, name) for name, run in baselines(suite).items()]
-    return max(found, key=lambda scores: scores.mean("psnr_y"))
+        found = vectors.score_baselines(suite)
+    else:
+        found = [score(run, suite, name) for name, run in baselines(suite).items()]
+    by = next(name for name in (metric, *metrics_of(spec.kind)) if all(name in one.metrics for one in found))
+    means = [one.mean(by) for one in found]
+    ranks = [-math.inf if math.isnan(mean) else mean for mean in means]  # in a comparison a NaN would win or hide
+    return found[ranks.index(max(ranks))]
 
 
 def show(models: Mapping[str, Model], suite: Suite, max_images: int = 4, crop_px: int = 128) -> U8:

@@ -30,10 +30,9 @@ def score(model: Model, suite: Suite, subject: str, provider: str = "") -> Score
     return _score(embed_of(model), suite, subject, provider)
 
 
-def score_baseline(suite: Suite) -> Scores:
-    """The better of colour histograms and raw pixels."""
-    found = [_score(BUILTINS[name], suite, name.partition(":")[2], "") for name in BASELINES]
-    return max(found, key=lambda scores: scores.mean(next(iter(scores.metrics))))
+def score_baselines(suite: Suite) -> list[Scores]:
+    """Of colour histograms and of raw pixels."""
+    return [_score(BUILTINS[name], suite, name.partition(":")[2], "") for name in BASELINES]
 
 
 def embed_of(model: Model) -> Embed:

@@ -118,9 +118,12 @@ def select(
 
     Raises: MissingError where there is none, or none was scored by `metric`.
     """
-    found = [
-        c for c in checkpoints(run_uri) if recipe_digest in ("", c.recipe_digest) and plan_digest in ("", c.plan_digest)
-    ]
+    there = checkpoints(run_uri)
+    found = [c for c in there if recipe_digest in ("", c.recipe_digest) and plan_digest in ("", c.plan_digest)]
+    if not found and there:
+        rule = f"the run has none since its recipe or data were edited, at {there[0].images_seen} images"
+        remedy = "wait for the next one, or `train --rebase` with run.total_images above that"
+        raise MissingError("checkpoint", run_uri, rule, remedy)
     if not found:
         raise MissingError("checkpoint", run_uri, "the run has none", "train first, or wait for the first one")
     if which == "last":

@@ -12,6 +12,7 @@ from rayscale.contract import digest
 from rayscale.errors import ConfigError, ConflictError
 from rayscale.observe import log
 from rayscale.storage import join, open_store
+from rayscale.tracking import without_password
 from rayscale.train.record import RunRecord, open_run
 
 
@@ -51,16 +52,16 @@ def claim(wanted: RunRecord, *, new: bool = False, rebase: bool = False) -> RunR
             f"this run was started with another recipe or other data ({'; '.join(edits)})",
             "take --new for a run of its own, or --rebase to go on from its weights",
         )
-    if found.tracking_uri != wanted.tracking_uri:
-        raise ConflictError(
-            "MLFLOW_TRACKING_URI", wanted.tracking_uri, f"the run is tracked in {found.tracking_uri}", "set it to that"
-        )
+    tracked = without_password(found.tracking_uri)  # an older version may have recorded a user
+    if tracked != wanted.tracking_uri:
+        raise ConflictError("MLFLOW_TRACKING_URI", wanted.tracking_uri, f"the run is tracked in {tracked}",
+                            "set it to that")  # fmt: skip
     if edits:
         log.warning("--rebase: going on from the weights of %s with %s", found.name, "; ".join(edits))
         return dataclasses.replace(wanted, mlflow_run_id=found.mlflow_run_id)
     if found.status != "finished" and found.code_version != wanted.code_version:
         log.warning("run %s was started by code %s, this is %s", found.name, found.code_version, wanted.code_version)
-    return found
+    return dataclasses.replace(found, tracking_uri=tracked)
 
 
 def _beside(wanted: RunRecord) -> RunRecord:
@@ -72,7 +73,7 @@ def _beside(wanted: RunRecord) -> RunRecord:
         there = open_run(named.uri)
         same = (there.recipe_digest, there.plan_digest) == (wanted.recipe_digest, wanted.plan_digest)
         if same and there.status != "finished":
-            return there
+            return dataclasses.replace(there, tracking_uri=without_password(there.tracking_uri))
     raise AssertionError("unreachable")
 
 

@@ -18,6 +18,7 @@ from rayscale.errors import ConfigError, RayscaleError, ResourceError
 from rayscale.imaging import U8
 from rayscale.storage import check_free
 from rayscale.task import Batch, Task
+from rayscale.train.checkpoint import CheckpointInfo
 from rayscale.train.loop import RunSettings
 from rayscale.train.record import RunRecord
 
@@ -142,6 +143,15 @@ def check_batch(job: Job) -> None:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
             rule = f"turn {turn.name!r} must take {shapes} and give one finite loss"
             raise ConfigError("task", said, rule, "align the recipe's task and data")
+
+
+def check_steps_left(job: Job, newest: CheckpointInfo) -> None:
+    """Raises: ConfigError where nothing is left to train by an edited recipe: no checkpoint of it would be written."""
+    same = (newest.recipe_digest, newest.plan_digest) == (job.record.recipe_digest, job.record.plan_digest)
+    if not same and -(-newest.images_seen // job.data.global_batch) >= job.total_steps:
+        rule = f"the run has seen {newest.images_seen} images, none is left for the edited recipe or data"
+        remedy = f"raise it above {newest.images_seen}; an edited gate alone needs no training, only `publish`"
+        raise ConfigError("run.total_images", job.run.total_images, rule, remedy)
 
 
 def check_disk(job: Job) -> None:
