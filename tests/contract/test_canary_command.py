@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from rayscale.cli.canary import canary
 from rayscale.cli.models import history
-from rayscale.errors import ConfigError, MissingError
+from rayscale.errors import ConfigError, ConflictError, MissingError, RayscaleError, UnavailableError
 from rayscale.registry.canary import end, read_share
 from rayscale.registry.journal import PROMOTE, Journal
 from rayscale.registry.models import Registry
@@ -94,6 +95,61 @@ def test_what_cannot_be_a_canary_is_refused_and_moves_nothing(registry: Registry
         canary("photos:3", weight=5)
     assert registry.aliases("photos") == {"champion": 1}
     assert recorded() == []
+
+
+@pytest.mark.parametrize("error", [ConflictError, UnavailableError])
+def test_a_command_that_is_refused_changes_no_share(
+    error: type[RayscaleError], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error("alias", "photos@champion-canary", "somebody else is moving it", "try again")
+
+    def wanted() -> dict[str, float]:
+        found = read_desired(registry, ("*@champion",))
+        return {str(one.release): one.weight for one in found.canaries.values()}
+
+    canary("photos:2", weight=10)
+    assert wanted() == {"photos:2": 0.1}
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "move", refused)
+        with pytest.raises(error):
+            canary("photos:2", weight=90)
+    assert wanted() == {"photos:2": 0.1}
+    assert canary("photos:2", weight=90)["weight"] == 90  # control
+    assert wanted() == {"photos:2": 0.9}
+
+    canary("photos", stop=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "move", refused)
+        with pytest.raises(error):
+            canary("photos:2", weight=20)
+    registry.client.set_registered_model_alias("photos", "champion-canary", "2")  # by hand, later
+    assert wanted() == {}
+    assert canary("photos:2", weight=20)["weight"] == 20
+    assert wanted() == {"photos:2": 0.2}
+
+
+def test_a_start_that_dies_after_its_move_leaves_no_share_of_a_former_trial(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Died(BaseException):
+        pass
+
+    def died(*_: object) -> None:
+        raise Died
+
+    first = canary("photos:2", weight=80)
+    canary("photos", stop=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", died)
+        with pytest.raises(Died):
+            canary("photos:2", weight=5)
+    found = read_desired(registry, ("*@champion",))
+    assert (registry.aliases("photos")["champion-canary"], found.canaries) == (2, {})
+    assert "was set by hand" in found.refused["photos@champion-canary"]
+    again = canary("photos:2", weight=5)  # control: the command again completes it
+    assert read_desired(registry, ("*@champion",)).canaries[ROUTE].weight == 0.05
+    assert again["since"] > first["since"]
 
 
 def test_serving_ends_a_canary_by_itself_and_says_why(registry: Registry) -> None:

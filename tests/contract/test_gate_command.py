@@ -207,6 +207,23 @@ def test_force_moves_with_a_reason_and_says_so(
     assert "forced" not in promote("m:1", force="not needed")  # control: it is better, nothing is forced
 
 
+def test_a_first_challenger_is_held_against_the_champion_and_opens_no_other_alias(publish: Publish) -> None:
+    publish(upscaler("linear"))
+    worse, better = publish(upscaler("nearest")), publish(upscaler())
+    assert promote(str(worse), alias="challenger", dry_run=True)["before"] is None  # control: there is no champion
+    assert promote("m:1")["promoted"]
+    assert "gain over champion, lower 95% bound" in held(str(worse), alias="challenger")
+    assert promote(str(better), alias="challenger")["promoted"]
+    client = Registry().client
+    assert promote(str(worse), alias="scratch", force="demo")["promoted"]
+    assert promote(str(worse), alias="scratch")["already"]  # forced, for this alias
+    client.set_registered_model_alias("m", "champion", str(worse.version))  # by hand: it has not passed for this alias
+    assert "gain over champion, lower 95% bound" in held(str(worse))
+    client.set_registered_model_alias("m", "champion", str(better.version))
+    assert promote(str(better))["promoted"]
+    assert promote(str(better))["already"]  # control: now it has passed for this alias as well
+
+
 def test_gates_and_suites_from_files(publish: Publish, dataset: str, tmp_path: Path) -> None:
     publish(upscaler("linear"), gate=Gate(metric="lpips"))
     assert "lpips" in held("m")

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from rayscale.cli.models import history, list_models, rollback
-from rayscale.cli.promote import _passed_before
+from rayscale.cli.promote import _champion, _passed_before
 from rayscale.errors import ConfigError, ConflictError, MissingError, UnavailableError
-from rayscale.registry import journal
+from rayscale.observe import log
+from rayscale.registry import canary, journal
 from rayscale.registry.journal import DONE, EXTERNAL, FORCED, INTENT, PROMOTE, Entry, Journal, gated
 from rayscale.registry.models import Registry
 from rayscale.serve.rollout import Desired, read_desired
@@ -217,7 +218,7 @@ def test_a_hand_is_obeyed_and_told_and_taken_up(registry: Registry) -> None:
     assert registry.aliases("m") == {ALIAS: 3}
     rival = _passed_before(registry, versions[3], ALIAS)  # whom `promote m:3` is to hold it against
     assert rival is not None
-    assert (rival.version, gated(registry, "m", versions[3].digest)) == (2, False)
+    assert (rival.version, gated(registry, "m", versions[3].digest, ALIAS)) == (2, False)
     told = history("m")
     assert told["moved_by_hand"] == {}
     assert [(m["decision"], m["version"], m["moved"]) for m in told["moves"]] == [
@@ -261,7 +262,54 @@ def test_with_require_gate_only_what_passed_or_was_forced_is_followed(registry: 
         assert [r.version for r in strict.routes.values()] == ([to] if to != 1 else [])
     registry.client.set_registered_model_alias("m", ALIAS, "1")
     assert list(read(True).refused) == ["m@champion"]
-    assert not gated(registry, "other", "2" * 64)
+    assert not gated(registry, "other", "2" * 64, ALIAS)
+
+
+def test_a_gate_that_was_passed_for_one_alias_opens_no_other(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from rayscale.serve.app import AppArgs
+
+    def read() -> Desired:
+        return AppArgs(tracking_uri=registry.uri, require_gate=True).source().ask()
+
+    versions = model(registry, "m")
+    book = Journal(registry, "m")
+    book.move(ALIAS, versions[1], before=None, decision=PROMOTE)
+    book.move("challenger", versions[2], before=None, decision=PROMOTE)
+    book.move("scratch", versions[3], before=None, decision=FORCED, why="demo")
+    for number in (2, 3):
+        registry.client.set_registered_model_alias("m", ALIAS, str(number))
+        assert (read().routes, list(read().refused)) == ({}, ["m@champion"])
+        registry.client.set_registered_model_alias("m", ALIAS, "1")
+        canary.start(registry, versions[number], ALIAS, weight=5)
+        found = read()
+        assert (found.routes["m@champion"].version, bool(found.canaries)) == (1, number == 2)
+        assert list(found.refused) == ([] if number == 2 else ["m@champion-canary"])
+    canary.end(registry, "m", ALIAS, decision=canary.STOPPED, why="")
+    book.move(ALIAS, versions[2], before=1, decision=PROMOTE)  # control: it passes for this alias too
+    assert (read().routes["m@champion"].version, read().refused) == (2, {})
+
+    monkeypatch.setattr("rayscale.cli.models.artifact.load", lambda *_, **__: None)  # there are no artifacts here
+    monkeypatch.setattr(Registry, "fetch", lambda *_: None)
+    monkeypatch.setattr(log, "propagate", True)
+    for number in (3, 1):
+        caplog.clear()
+        rollback("m", "green skies", to=number)
+        told = [r.getMessage() for r in caplog.records if "never passed the gate for champion" in r.getMessage()]
+        assert len(told) == (number == 3)
+        assert [r.version for r in read().routes.values()] == ([] if number == 3 else [1])
+
+
+def test_a_first_challenger_is_held_against_the_champion_or_whom_it_came_after(registry: Registry) -> None:
+    versions = model(registry, "m")
+    assert _champion(registry, versions[2]) is None
+    for number in (1, 2):
+        Journal(registry, "m").move(ALIAS, versions[number], before=number - 1 or None, decision=PROMOTE)
+    rivals = [_champion(registry, registry.resolve(f"m:{number}")) for number in (1, 2, 3)]
+    assert [rival and rival.version for rival in rivals] == [2, 1, 2]
+    registry.client.set_model_version_tag("m", "3", "scale", "4")
+    assert _champion(registry, registry.resolve("m:3")) is None  # what does something else cannot be compared
 
 
 def test_a_rollback_finds_the_version_before_a_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from rayscale import artifact, contract
 from rayscale.contract import Lineage, ModelCard, Spec, TensorSpec
 from rayscale.errors import ConfigError, IntegrityError, MissingError
 from rayscale.registry.models import Registry, Version, check_alias
+from rayscale.serve.rollout import read_desired
 from rayscale.tracking import default_uri
 
 
@@ -201,6 +203,34 @@ def test_a_damaged_cache_is_healed_and_a_sound_one_is_not_read_again(registry: R
     flip_a_bit(fetched / "model.onnx")
     with pytest.raises(MissingError):  # the control: a damaged one is not believed
         registry.fetch(version, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("tag", ["{victim}", "../victim", "..", "", "A" * 64, "a" * 63, "a" * 64 + "\n"])
+def test_a_digest_that_is_none_is_no_folder(registry: Registry, tmp_path: Path, tag: str) -> None:
+    """Anybody may write tags: what one names outside the cache is not touched, and the version is not one of ours."""
+    victim, cache = tmp_path / "victim", tmp_path / "cache"
+    for folder in (victim, cache):
+        folder.mkdir()
+        (folder / "photo.jpg").write_bytes(b"precious")
+    sound, other = (registry.publish("m", make(tmp_path / name, by)) for name, by in (("a", 1.0), ("b", 0.5)))
+    digest = tag.format(victim=victim)
+    registry.client.set_model_version_tag("m", "2", "digest", digest)
+    registry.client.set_registered_model_alias("m", "champion", "2")
+    for reference in ("m:2", "m@champion"):
+        with pytest.raises(ConfigError, match="not published by rayscale"):
+            registry.resolve(reference)
+    with pytest.raises(ConfigError, match="must be 64 hex digits"):
+        registry.fetch(dataclasses.replace(other, digest=digest), cache)
+    assert [v.version for v in registry.versions("m")] == [1]
+    assert [v.version for v in registry.overview()["m"]] == [1]
+    assert (victim / "photo.jpg").read_bytes() == (cache / "photo.jpg").read_bytes() == b"precious"
+    wanted = read_desired(registry, ("m@champion",))
+    assert (wanted.routes, list(wanted.refused)) == ({}, ["m@champion"])
+
+    registry.client.set_model_version_tag("m", "2", "digest", other.digest)  # control
+    assert registry.fetch(registry.resolve("m:2"), cache) == cache / other.digest
+    assert registry.fetch(sound, cache) == cache / sound.digest
+    assert [v.version for v in registry.versions("m")] == [2, 1]
 
 
 def test_many_fetch_at_once(registry: Registry, tmp_path: Path) -> None:

@@ -317,8 +317,11 @@ def test_a_moved_alias_costs_no_request_and_no_answer_is_of_two_versions(served:
         took_s: list[float] = []
         with open_loop(served, [photo(90, 70)], 20.0) as shots:
             time.sleep(1.0)
-            shots.clear()  # of the time in which connections are made
-            time.sleep(6.0)
+            for _ in range(10):  # until others on this machine leave six seconds to compare with
+                shots.clear()  # first of the time in which connections are made
+                time.sleep(6.0)
+                if latency_and_gap_s(shots)[1] <= 0.5:
+                    break
             swap_s = time.monotonic()
             for version in (new, old, new, old):  # promotions and rollbacks
                 served.promote(version)
@@ -428,7 +431,10 @@ def test_an_alias_that_was_moved_past_the_gate_is_reported_and_not_followed(serv
         assert (
             held("/v1/models/photos")
             == held("/v1/models")
-            == (f"{by_hand} passed no gate, and require_gate is set; `rayscale promote {by_hand} --alias champion`")
+            == (
+                f"{by_hand} passed no gate for champion, and require_gate is set; "
+                f"`rayscale promote {by_hand} --alias champion`"
+            )
         )
         for _ in range(5):
             assert digest() == gated.digest

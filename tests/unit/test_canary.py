@@ -427,7 +427,7 @@ def share(**changes: Any) -> Registered:
     return Registered(2, {"canary.champion": contract.dumps(found)})
 
 
-def desired(champion: int, canary: Registered | None, gated: Callable[[str, str], bool] | None = None) -> Desired:
+def desired(champion: int, canary: Registered | None, gated: Callable[[str, str, str], bool] | None = None) -> Desired:
     return read_desired(FakeRegistry(champion, canary), ("*@champion",), gated)  # type: ignore[arg-type]
 
 
@@ -467,12 +467,24 @@ def test_a_canary_that_cannot_be_followed_is_reported_and_its_champion_serves() 
         found = desired(1, canary)
         assert says in found.refused["photos@champion-canary"]
         assert (found.routes, found.canaries) == ({ROUTE: ONE}, {})
-    ungated = desired(1, share(), lambda name, digest: digest == ONE.digest)
+    ungated = desired(1, share(), lambda name, digest, alias: digest == ONE.digest)
     assert "photos:2 passed no gate" in ungated.refused["photos@champion-canary"]
     assert (ungated.routes, ungated.canaries) == ({ROUTE: ONE}, {})
-    assert desired(1, share(), lambda name, digest: True).canaries
+    assert desired(1, share(), lambda name, digest, alias: True).canaries
     with pytest.raises(ConfigError, match="rayscale models canary"):
         read_share(Registered(2), "champion")  # type: ignore[arg-type]
+
+
+def test_a_canary_needs_the_gate_of_its_champions_alias_or_of_challenger() -> None:
+    for alias, follows in (("champion", True), ("challenger", True), ("scratch", False), ("champion-canary", False)):
+        passed = {(ONE.digest, "champion"), (TWO.digest, alias)}
+        found = desired(1, share(), lambda name, digest, asked, passed=passed: (digest, asked) in passed)
+        assert (found.routes, bool(found.canaries)) == ({ROUTE: ONE}, follows)
+        assert ("passed no gate for challenger" in found.refused.get("photos@champion-canary", "")) is not follows
+    challenger = {(digest, "challenger") for digest in (ONE.digest, TWO.digest)}
+    found = desired(1, share(), lambda name, digest, asked: (digest, asked) in challenger)
+    assert (found.routes, found.canaries) == ({}, {})  # all requests are another matter than a share
+    assert "photos:1 passed no gate for champion" in found.refused[ROUTE]
 
 
 # --- how soon

@@ -50,8 +50,8 @@ class FakeStore:
         return SimpleNamespace(aliases={alias: str(number) for alias, number in self.alias.items()})
 
     def get_model_version(self, name: str, number: str) -> Any:
-        return SimpleNamespace(name=name, version=number, tags={"digest": f"d{number}"}, source="", run_id="",
-                               aliases=[], creation_timestamp=0)  # fmt: skip
+        return SimpleNamespace(name=name, version=number, tags={"digest": digest(number)}, source="",
+                               run_id="", aliases=[], creation_timestamp=0)  # fmt: skip
 
     def set_registered_model_alias(self, name: str, alias: str, number: str) -> None:
         self.before_request("set")
@@ -79,8 +79,12 @@ class FakeStore:
         self.now += seconds
 
 
+def digest(number: int | str) -> str:
+    return f"{number}" * 64
+
+
 def version(number: int) -> Version:
-    return Version(name="m", version=number, digest=f"d{number}", uri="", run_id="")
+    return Version(name="m", version=number, digest=digest(number), uri="", run_id="")
 
 
 @dataclass(eq=False)
@@ -340,7 +344,7 @@ def test_a_hand_is_written_down_once_and_moves_go_on_from_there(store: FakeStore
     for _ in range(2):
         last, stands = book(store).heal(ALIAS)
         assert last is not None
-        assert (last.kind, last.before, last.to, last.digest, stands) == (EXTERNAL, 1, 7, "d7", 7)
+        assert (last.kind, last.before, last.to, last.digest, stands) == (EXTERNAL, 1, 7, digest(7), 7)
     assert [e.kind for e in book(store).read()] == [INTENT, DONE, EXTERNAL]
     with pytest.raises(ConflictError, match="moved from 1 to 7 by hand"):
         book(store).move(ALIAS, version(2), before=1, decision=PROMOTE)
@@ -396,13 +400,20 @@ def test_aliases_of_one_model_do_not_mind_each_other(store: FakeStore) -> None:
     assert len(chain(book(store).read(), ALIAS)) == 2
 
 
-def test_a_gate_that_was_passed_or_forced_is_found_by_digest(store: FakeStore) -> None:
+def test_a_gate_that_was_passed_or_forced_is_found_by_digest_and_alias(store: FakeStore) -> None:
     for number, decision in ((1, PROMOTE), (2, "forced"), (3, "rollback")):
         book(store).move(ALIAS, version(number), before=store.alias.get(ALIAS), decision=decision)
     store.alias[ALIAS] = 4
     book(store).heal(ALIAS)
-    found = [gated(registry(store), "m", f"d{n}") for n in (1, 2, 3, 4, 5)]
-    assert found == [True, True, False, False, False]
+    for number, decision in ((3, PROMOTE), (4, "forced"), (2, PROMOTE)):
+        book(store).move("other", version(number), before=store.alias.get("other"), decision=decision)
+
+    def found(alias: str) -> list[bool]:
+        return [gated(registry(store), "m", digest(n), alias) for n in (1, 2, 3, 4, 5)]
+
+    assert found(ALIAS) == [True, True, False, False, False]
+    assert found("other") == [False, True, True, True, False]
+    assert found("another") == [False] * 5
 
 
 def test_the_history_tells_what_came_of_each_move(store: FakeStore) -> None:

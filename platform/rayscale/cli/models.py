@@ -170,10 +170,9 @@ def rollback(
     artifact.load(registry.fetch(target, home() / "cache" / "artifacts"), expect_digest=target.digest)
     why = reason.strip()
     Journal(registry, name).move(alias, target, before=now, decision=ROLLBACK, why=why)
-    if not gated(registry, name, target.digest):
-        log.warning(
-            "%s never passed the gate on record: servers with require_gate follow it once it is promoted", target
-        )
+    if not gated(registry, name, target.digest, alias):
+        rule = f"never passed the gate for {alias} on record"
+        log.warning("%s %s: servers with require_gate follow it once it is promoted", target, rule)
     return {"model": name, "alias": alias, "before": now, "version": target.version, "digest": target.digest,
             "reason": why}  # fmt: skip
 

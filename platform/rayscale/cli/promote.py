@@ -16,7 +16,7 @@ from rayscale.registry.gate import Forced, Hold, Promote, markdown, overrule
 from rayscale.registry.journal import FORCED, GATED, PROMOTE, Journal, gated
 from rayscale.registry.models import CHAMPION, Registry, Version, check_alias
 from rayscale.storage import home
-from rayscale.tracking import Tracker, default_uri
+from rayscale.tracking import Tracker, default_uri, without_password
 
 
 def promote(
@@ -40,7 +40,8 @@ def promote(
 ) -> dict[str, Any]:
     """Score a version anew beside the present holder of the alias, and move the alias if the gate lets it pass.
 
-    Both are verified (digest, golden probe), scored on every suite, picture by picture, and measured: time and memory.
+    Where the alias points nowhere yet, the champion is taken for its holder. Both are verified (digest, golden probe),
+    scored on every suite, picture by picture, and measured: time and memory.
     The gate is that of the version's recipe. The report is an MLflow run in the experiment `promotions`.
     Held back: exit code 3, with every rule that failed. An alias that is there already is left, with exit code 0; if it
     was put there by hand, the version is held against the one that passed the gate before. A damaged artifact is never
@@ -58,11 +59,13 @@ def promote(
     result = {"model": candidate.name, "version": candidate.version, "digest": candidate.digest, "alias": alias,
               "before": holder}  # fmt: skip
     if champion is not None and champion.digest == candidate.digest:
-        if gated(registry, candidate.name, candidate.digest):
+        if gated(registry, candidate.name, candidate.digest, alias):
             forced = "" if force is None else ": --force is not needed, and not recorded"
             log.info("%s is what %s points at already%s", candidate, alias, forced)
             return {**result, "promoted": False, "already": True}
         champion = _passed_before(registry, candidate, alias)
+    if champion is None and alias != CHAMPION:
+        champion = _champion(registry, candidate)
 
     judged = judge(registry, candidate, champion, suites_for(candidate, suite or [], photos), policy, where)
     judged = _forced(judged, force)
@@ -76,7 +79,9 @@ def promote(
             if not isinstance(decision, Hold):
                 if not tracker.flush():
                     rule = "did not take the report: nothing was moved"
-                    raise UnavailableError("MLFLOW_TRACKING_URI", registry.uri, rule, "run this again")
+                    raise UnavailableError(
+                        "MLFLOW_TRACKING_URI", without_password(registry.uri), rule, "run this again"
+                    )
                 _move(Journal(registry, candidate.name), alias, candidate, holder, decision, run_id)
                 tracker.tags({"moved": "yes"})
         except BaseException:
@@ -141,6 +146,17 @@ def _passed_before(registry: Registry, candidate: Version, alias: str) -> Versio
     there = {version.version: version for version in registry.versions(candidate.name)}
     found = [there[m.version] for m in reversed(passed) if m.version in there and m.digest != candidate.digest]
     return found[0] if found else None
+
+
+def _champion(registry: Registry, candidate: Version) -> Version | None:
+    """Whom a first challenger is held against; None where there is none, or it does something else (x4 beside x2)."""
+    number = registry.aliases(candidate.name).get(CHAMPION)
+    if number is None:
+        return None
+    champion = registry.resolve(f"{candidate.name}:{number}")
+    if any(champion.tags.get(what) != candidate.tags.get(what) for what in ("kind", "scale")):
+        return None
+    return _passed_before(registry, candidate, CHAMPION) if champion.digest == candidate.digest else champion
 
 
 def _record(

@@ -28,7 +28,7 @@ class Share:
     """What a canary is to get: the tag `canary.ALIAS` of its version."""
 
     weight: float  # percent of the requests
-    champion: int  # the version that the alias stood at: the canary is over when it moves
+    champion: int  # where the alias stood: over once it is seen elsewhere; back before anybody looked, it goes on
     since: str  # UTC, ISO 8601; tells one start from another
     until: str = ""  # "": until something ends it
     schema: int = SCHEMA
@@ -85,17 +85,21 @@ def start(
     now = datetime.now(UTC)
     share = Share(weight=weight, champion=champion, since=now.isoformat())
     before = aliases.get(alias_of(alias))
-    if before == version.version and _tag(alias) in version.tags:
-        running = read_share(version, alias)
-        if not running.over(champion, version.version):
-            share = replace(running, weight=weight)
+    version = registry.resolve(str(version))  # its tags as they are now: the caller may have downloaded it meanwhile
+    running = read_share(version, alias) if before == version.version and _tag(alias) in version.tags else None
+    if running is not None and not running.over(champion, version.version):
+        share = replace(running, weight=weight)
+    elif _tag(alias) in version.tags:  # of a trial that is over: beside the moved alias it would be followed
+        with answering(registry.uri):
+            registry.client.delete_model_version_tag(version.name, str(version.version), _tag(alias))
     if for_s is not None:
         share = replace(share, until=(now + timedelta(seconds=for_s)).isoformat() if for_s else "")
+    journal = Journal(registry, version.name)
+    journal.move(alias_of(alias), version, before=before, decision=STARTED, why=why, weight=weight)
+    # Last, so that a move that is refused changes no share; without its tag a canary answers nothing.
     with answering(registry.uri):
         tag = contract.dumps(share)
         registry.client.set_model_version_tag(version.name, str(version.version), _tag(alias), tag)
-    journal = Journal(registry, version.name)
-    journal.move(alias_of(alias), version, before=before, decision=STARTED, why=why, weight=weight)
     return share
 
 

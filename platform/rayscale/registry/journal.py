@@ -292,11 +292,17 @@ class Journal:
         return ConflictError("alias", f"{self.name}@{alias}", rule, "try again, against the new holder")
 
 
-def gated(registry: Registry, name: str, digest: str) -> bool:
-    """Did this digest pass the gate of this model, or was it forced through, as the journal says?"""
+def gated(registry: Registry, name: str, digest: str, alias: str) -> bool:
+    """Did this digest pass the gate for this alias of this model, or was it forced onto it, as the journal says?
+
+    A gate holds a candidate against the holder of one alias, with the rules that were given for it: it says nothing
+    of another alias. Raises: UnavailableError.
+    """
     query = f"name='{name}{JOURNAL}' and tags.{_GATED}='{digest}'"
     with answering(registry.uri):
-        return bool(registry.client.search_model_versions(query, max_results=1))
+        found = list(pages(registry.client.search_model_versions, filter_string=query))
+    # Entries have always named their alias: those that are older than this rule are asked for it as well.
+    return any(_entry(version).alias == alias for version in found if _ENTRY in version.tags)
 
 
 def user() -> str:

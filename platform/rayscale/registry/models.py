@@ -33,6 +33,7 @@ JOURNAL = "--releases"  # after a model's name: the registered model that is its
 FETCH_ATTEMPTS = 3  # networks do flip bits and cut bodies
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}$")
 _ALIAS = re.compile(r"^(?!latest$|v\d+$)[A-Za-z0-9_\-]{1,100}$", re.IGNORECASE)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +129,8 @@ class Registry:
                 if error_code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 self._say_missing(name, mark, wanted)
-        if not found.tags.get("digest"):
-            raise ConfigError("model", reference, "was not published by rayscale: it has no digest",
+        if not _published(found):
+            raise ConfigError("model", reference, "was not published by rayscale: it has no digest of ours",
                               "publish it with `rayscale publish`")  # fmt: skip
         return _version(found)
 
@@ -174,7 +175,7 @@ class Registry:
         """All models that rayscale published, their versions newest first: two questions, however many there are."""
         with answering(self.uri):
             models = {str(m.name): dict(m.aliases) for m in pages(self.client.search_registered_models)}
-            found = [_version(v) for v in pages(self.client.search_model_versions) if v.tags.get("digest")]
+            found = [_version(v) for v in pages(self.client.search_model_versions) if _published(v)]
         versions: dict[str, list[Version]] = {}
         for one in sorted(found, key=lambda v: (v.name, -v.version)):
             names = sorted(alias for alias, at in models.get(one.name, {}).items() if int(at) == one.version)
@@ -184,7 +185,7 @@ class Registry:
     def _search(self, name: str) -> list[Version]:
         with answering(self.uri):
             found = pages(self.client.search_model_versions, filter_string=f"name='{name}'")
-            return [_version(v) for v in found if v.tags.get("digest")]
+            return [_version(v) for v in found if _published(v)]
 
     def delete(self, version: Version) -> None:
         """Take a version out of the registry for good, and its artifact out of the store.
@@ -201,8 +202,11 @@ class Registry:
         A cached one is believed when sizes and times are those at its verification, hashed again when not, and
         fetched again when damaged. What runs is checked once more: `artifact.load(folder, expect_digest=...)`
         hashes the bytes that it loads.
-        Raises: IntegrityError when what lies at `version.uri` is not this digest; MissingError, ResourceError.
+        Raises: IntegrityError when what lies at `version.uri` is not this digest; MissingError, ResourceError;
+        ConfigError for a digest that is none.
         """
+        if not _DIGEST.fullmatch(version.digest):  # it may come from elsewhere, and what it names may be deleted
+            raise ConfigError("digest", version.digest, "must be 64 hex digits", "publish the model again")
         folder, seal = cache / version.digest, cache / f"{version.digest}.json"
         if folder.is_dir():
             if _sealed(folder, seal):
@@ -272,6 +276,11 @@ def _tags(card: ModelCard, digest: str) -> dict[str, str]:
         "manifest_digest": card.lineage.manifest_digest,
         "code_version": card.lineage.code_version,
     }
+
+
+def _published(found: Any) -> bool:
+    """Whether rayscale published it. Anybody may write a tag, and the digest becomes the name of a folder."""
+    return _DIGEST.fullmatch(found.tags.get("digest", "")) is not None
 
 
 def _version(found: Any) -> Version:

@@ -367,16 +367,17 @@ class Rollout:
 
 
 def read_desired(
-    registry: Registry, models: tuple[str, ...], gated: Callable[[str, str], bool] | None = None
+    registry: Registry, models: tuple[str, ...], gated: Callable[[str, str, str], bool] | None = None
 ) -> Desired:
     """Ask the registry. `models`: "name@alias", with `*` in the name for any that has the alias.
 
-    gated: did this digest of this name pass its gate? None: an alias is followed in any case.
+    gated: did this digest of this name pass the gate for this alias? None: an alias is followed in any case.
+    A canary must have passed it for the alias that it shares, or for `challenger`.
     Raises: UnavailableError when it does not answer.
     """
     refused: dict[str, str] = {}
 
-    def resolved(reference: str, gate: str) -> Version | None:
+    def resolved(reference: str, *gates: str) -> Version | None:
         try:
             version = registry.resolve(reference)
         except MissingError:
@@ -384,9 +385,9 @@ def read_desired(
         except ConfigError as error:  # another tool's version, or a malformed reference
             refused[reference] = str(error)
             return None
-        if gated is not None and not gated(version.name, version.digest):
-            remedy = f"`rayscale promote {version} --alias {gate}`"
-            refused[reference] = f"{version} passed no gate, and require_gate is set; {remedy}"
+        if gated is not None and not any(gated(version.name, version.digest, gate) for gate in gates):
+            remedy = f"`rayscale promote {version} --alias {gates[-1]}`"
+            refused[reference] = f"{version} passed no gate for {gates[-1]}, and require_gate is set; {remedy}"
             return None
         return version
 
@@ -403,7 +404,7 @@ def read_desired(
             if alias not in stands or not (champion := resolved(route, alias)):
                 continue
             routes[route] = _release(champion)
-            if alias_of(alias) not in stands or not (version := resolved(beside, "challenger")):
+            if alias_of(alias) not in stands or not (version := resolved(beside, alias, "challenger")):
                 continue
             try:
                 found = _canary(route, champion, version)
