@@ -18,6 +18,18 @@ from rayscale.errors import ConfigError
 log = logging.getLogger("rayscale")
 
 
+class _Printable(logging.Filter):
+    """Names of files may hold bytes that are no text, which nobody could write: as escapes they stay readable."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not (text := record.getMessage()).isascii():
+            record.msg, record.args = text.encode(errors="backslashreplace").decode(), ()
+        return True
+
+
+log.addFilter(_Printable())
+
+
 class Asked(NamedTuple):
     """Which request something is done for."""
 

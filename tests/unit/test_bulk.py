@@ -26,6 +26,7 @@ from rayscale.bulk.workers import Maker, Making
 from rayscale.cli import upscale
 from rayscale.client import Client
 from rayscale.errors import ConfigError, IntegrityError, MissingError
+from rayscale.observe import log
 from rayscale.serve.engine import EngineSettings
 from rayscale.serve.table import Release
 from rayscale.storage import LocalStore
@@ -615,8 +616,10 @@ def test_workers_are_told_where_masks_lie_whatever_folder_they_are_in(
 
 
 def test_names_that_are_no_utf8_fail_and_are_made_like_others(
-    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, picky: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(log, "propagate", True)  # to `caplog`
     bad_and_good(tmp_path / "in", 0, 0)
     names = [os.fsdecode(b"caf\xe9.png"), "café.png"]
     for name in names:
@@ -627,6 +630,7 @@ def test_names_that_are_no_utf8_fail_and_are_made_like_others(
     text = (tmp_path / "out/errors.json").read_bytes()
     assert {one["key"] for one in json.loads(text)} == set(names)
     assert "café".encode() in text
+    assert {r"caf\udce9.png", "café.png"} == {line.partition(":")[0] for line in caplog.messages if "caf" in line}
     (tmp_path / "in" / names[0]).write_bytes(b"good")
     code, result, err = command(monkeypatch, capsys, *run)
     assert (code, result["made"], result["failed"]) == (1, 1, 1), err
