@@ -371,7 +371,8 @@ def test_whatever_happens_every_share_can_be_answered_and_what_was_rolled_back_s
         elif kind == "weight":
             weight = value
         elif kind == "has":
-            has[value[0]] = value[1] | before.routed  # what answers is never forgotten
+            warm = set(before.before.values())  # a rollback needs it: followers keep all that a table names
+            has[value[0]] = value[1] | before.routed | warm
         elif kind == "fails":
             i, digest, count = value
             outcomes[i][digest] = Outcome(0, outcomes[i].get(digest, Outcome()).failed + count)
